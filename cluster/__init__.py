@@ -1,0 +1,1 @@
+"""Everything that sees more than one worker: gateway, router, registry, Ray actors, CLI."""

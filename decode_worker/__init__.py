@@ -1,0 +1,1 @@
+"""The decode loop: receiving KV, continuous batching, streaming tokens."""

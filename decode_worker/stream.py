@@ -1,0 +1,109 @@
+"""The token stream between one gateway and one decode worker: commands up, one frame per step down.
+
+A gateway keeps one stream to each decode worker it uses. When the stream ends, for whatever reason, every request that
+came by it is cancelled: a gateway's death or a lost link costs no KV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.batch import Sampled
+from engine.request import FinishReason, Receipt
+from engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Runs one request. `prefill_address` names the prefill worker to pull from; "" prefills on the decode worker.
+
+    `deadline_s`: seconds from now, None for none. `salt` separates tenants in the prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    prefill_address: str = ""
+    deadline_s: float | None = None
+    salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drops a request and frees all it holds. Unknown ids are ignored: the request may just have finished."""
+
+    request_id: str
+
+
+Command = Submit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one choice, in order. `finish_reason` is set on its last delta; `matched_token_id` says which
+    stop token ended it, which is then not among `tokens`."""
+
+    request_id: str
+    choice: int
+    tokens: tuple[Sampled, ...]
+    finish_reason: FinishReason | None = None
+    matched_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """All choices of a request have finished and its blocks are given back. `cached_tokens`: prompt tokens whose KV
+    came from a prefix cache on either side. In `receipt` only what the worker side knows is filled in."""
+
+    request_id: str
+    cached_tokens: int
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ends with an error instead of Done. `error` is a TandemError, and crosses the wire as one."""
+
+    request_id: str
+    error: Exception
+
+
+Event = Delta | Done | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFrame:
+    """Everything that one step gave the sequences of one gateway. `step` counts this worker's forward passes."""
+
+    step: int
+    events: tuple[Event, ...]
+
+
+class DecodeSession(Protocol):
+    """The gateway's end of a token stream."""
+
+    async def send(self, command: Command) -> None:
+        """Raises Unavailable when the stream is gone."""
+        ...
+
+    def frames(self) -> AsyncIterator[TokenFrame]:
+        """Frames until the stream ends: normally, or with Unavailable when the worker is gone."""
+        ...
+
+
+class DecodeService(Protocol):
+    """The worker's end: reads commands until they end, yields frames; closing the generator cancels what is left."""
+
+    def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]: ...
+
+
+class DecodeTransport(Protocol):
+    """How a gateway reaches decode workers."""
+
+    def attach(self, address: str) -> AbstractAsyncContextManager[DecodeSession]: ...
+
+    async def close(self) -> None: ...

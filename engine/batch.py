@@ -1,0 +1,139 @@
+"""What a scheduler hands to a runner, and what it gets back: plain frozen values, no tensors.
+
+A batch is ragged: each row brings some new tokens of one sequence, at some position, and the block table to read and
+write through. A row of one token is a decode step, a longer one a prefill chunk; one batch may hold both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """Draw token number `step` (0 = first) of a sequence from the logits of a row's last token.
+
+    `choices` are the choice indices to draw for: (i,) while decoding, (0, …, n−1) at the end of a prompt with n > 1.
+    `prompt_ids` and `output_ids` are read only when `params.needs_history`.
+    """
+
+    params: SamplingParams
+    seed: int
+    step: int
+    choices: tuple[int, ...] = (0,)
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """New tokens of one sequence: positions [start, start + len(token_ids)); `block_ids` covers all of [0, end)."""
+
+    seq_id: str
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+    sample: SampleSpec | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass. `copies` (source block, target block) run before it: what copy-on-write owes."""
+
+    rows: tuple[Row, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def token_count(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One drawn token. `logprob` is of the unmodified distribution (temperature 1, no filters), natural log.
+
+    `top` holds the most likely tokens as (token_id, logprob), most likely first; empty unless asked for.
+    """
+
+    token_id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`sampled[r]` holds one entry per choice of row r's SampleSpec, and is empty for a row without one."""
+
+    sampled: tuple[tuple[Sampled, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What one worker's KV cache is made of; two workers can exchange KV when `matches` says so.
+
+    A (layer, block) is one contiguous run of shape [2, block_size, num_kv_heads, head_dim], K first.
+    `dtype` is the element type's name ("float32", "bfloat16"). Block size, dtype and pool size may differ.
+    """
+
+    model: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    block_size: int
+    num_blocks: int
+
+    def matches(self, other: KVLayout) -> bool:
+        return self.shape == other.shape
+
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        return (self.model, self.num_layers, self.num_kv_heads, self.head_dim)
+
+
+# Called on the event loop's thread when layers [first, last) of the running batch have their KV in the cache.
+LayerListener = Callable[[int, int], None]
+
+
+class Runner(Protocol):
+    """Executes batches, one at a time, and reads and writes KV blocks for the KV stream.
+
+    Real: torch in one dedicated thread. In-memory: a cost model that sleeps on the event loop's clock.
+    """
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
+        """Runs one forward pass. All calls of `on_layers` come before this returns, in layer order, together
+        covering every layer once. Never called while another `run` is under way."""
+        ...
+
+    def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> bytes | memoryview:
+        """The raw KV of the first `block_tokens` slots of each block: [len(layers), len(block_ids), 2, block_tokens,
+        num_kv_heads, head_dim], C order, in `layout.dtype`. The result is a copy: the blocks may change afterwards."""
+        ...
+
+    def import_blocks(
+        self,
+        block_ids: Sequence[int],
+        first_slot: int,
+        layers: range,
+        block_tokens: int,
+        payload: memoryview,
+        dtype: str,
+    ) -> None:
+        """Writes what some `export_blocks` gave. `payload` holds source blocks of `block_tokens` tokens each, in
+        `dtype`; their tokens go one after another into the slots of `block_ids`, starting at slot `first_slot` of the
+        first. The two sides' block sizes need not agree. Raises TransferFailed when the payload's size is wrong."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,110 @@
+"""Sampling parameters: one frozen value, checked once, passed down unchanged.
+
+Names and defaults follow the field's usage (vLLM, SGLang, OpenAI).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from engine.errors import InvalidArgument
+
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw the tokens of one request.
+
+    `temperature` 0 means greedy. `top_k` 0 or -1 means no limit. `seed` None means that the gateway picks one.
+    Choice `i` of `n` draws its token `t` from a number that depends on (seed, i, t) alone.
+    `logprobs` None means none, 0 the sampled token's alone, k the k most likely besides.
+    """
+
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    n: int = 1
+    max_tokens: int = 128
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = field(default=None)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """True where the draw depends on the tokens before it (penalties)."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidArgument naming the first field that is out of range."""
+        self._check_numbers()
+        self._check_counts()
+        for name, token_ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", tuple(token_id for token_id, _ in self.logit_bias)),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidArgument(f"sampling_params.{name}", token_id, f"a token id in [0, {vocab_size})")
+
+    def _check_numbers(self) -> None:
+        # Each line: name, value, lower bound, upper bound, whether the lower bound itself is allowed.
+        ranges = (
+            ("temperature", self.temperature, 0.0, 100.0, True),
+            ("top_p", self.top_p, 0.0, 1.0, False),
+            ("min_p", self.min_p, 0.0, 1.0, True),
+            ("repetition_penalty", self.repetition_penalty, 0.0, 100.0, False),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0, True),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0, True),
+        )
+        for name, value, low, high, low_allowed in ranges:
+            inside = low <= value <= high and (low_allowed or value > low)
+            if not math.isfinite(value) or not inside:
+                bracket = "[" if low_allowed else "("
+                raise InvalidArgument(f"sampling_params.{name}", value, f"a number in {bracket}{low:g}, {high:g}]")
+        for token_id, bias in self.logit_bias:
+            if not math.isfinite(bias) or abs(bias) > 100:
+                raise InvalidArgument("sampling_params.logit_bias", {token_id: bias}, "a bias in [-100, 100]")
+
+    def _check_counts(self) -> None:
+        ranges = (
+            ("top_k", self.top_k, -1, 1 << 31),
+            ("n", self.n, 1, MAX_CHOICES),
+            ("max_tokens", self.max_tokens, 1, 1 << 31),
+            ("min_tokens", self.min_tokens, 0, self.max_tokens),
+            ("logprobs", self.logprobs or 0, 0, MAX_LOGPROBS),
+            ("seed", self.seed or 0, -(1 << 63), (1 << 63) - 1),
+        )
+        for name, value, low, high in ranges:
+            if not low <= value <= high:
+                raise InvalidArgument(f"sampling_params.{name}", value, f"an integer in [{low}, {high}]")
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidArgument("sampling_params.stop", len(self.stop), f"at most {MAX_STOPS} stop strings")
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_CHARS:
+                raise InvalidArgument("sampling_params.stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
+        if len(self.stop_token_ids) > MAX_STOPS:
+            raise InvalidArgument("sampling_params.stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOPS}")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidArgument(
+                "sampling_params.logit_bias", len(self.logit_bias), f"at most {MAX_LOGIT_BIAS} entries"
+            )

@@ -1,0 +1,1 @@
+"""Moves KV blocks between workers; decides nothing."""

@@ -1,0 +1,58 @@
+"""The KV stream's one seam: how a decode worker reaches a prefill worker.
+
+Both transports (gRPC, in-memory) keep the same contract, held by `tests/kvtransfer/test_transport_contract.py`:
+
+- frames arrive in the order in which the server yielded them, unchanged;
+- the reader pulls: a reader that stops reading stops the server's generator after a bounded number of frames;
+- leaving `open` for whatever reason (return, error, cancellation) closes the server's generator, promptly;
+- the server's TandemError arrives as the same class; a peer that is gone is Unavailable;
+- a call whose deadline passes raises DeadlineExceeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.batch import KVLayout
+from engine.sampling import SamplingParams
+from kvtransfer.frames import Frame
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCall:
+    """Asks a prefill worker to run one prompt. The stream lives exactly as long as the KV on the prefill side.
+
+    `have_tokens`: the caller already holds the KV of tokens [0, have_tokens); it is never sent. A multiple of the
+    caller's block size, less than the prompt's length. `deadline_s`: seconds from now, None for no deadline.
+    `salt` separates tenants in the prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    have_tokens: int
+    layout: KVLayout
+    deadline_s: float | None = None
+    salt: bytes = b""
+
+
+class PrefillService(Protocol):
+    """The server's side: what a prefill worker offers, and what a transport serves."""
+
+    def prefill(self, call: PrefillCall) -> AsyncIterator[Frame]:
+        """An async generator; closing it releases everything that the call holds."""
+        ...
+
+
+class PrefillTransport(Protocol):
+    """The caller's side."""
+
+    def open(self, address: str, call: PrefillCall) -> AbstractAsyncContextManager[AsyncIterator[Frame]]:
+        """Starts the call and yields its frames; leaving the context cancels it."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The prefill loop: queue, chunked batches, publishing KV."""
