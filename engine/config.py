@@ -1,0 +1,31 @@
+"""Configuration of one engine. A frozen value: nothing is ever written back into it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class EngineConfig(BaseModel):
+    """Weights, KV pool and device of one worker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="The default model's name, a GGUF file, a Hugging Face folder, or (where there is a network) a hub id.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights, activations and KV. auto: float32 on CPU, bfloat16 on GPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads for the forward pass; 0: torch's choice.")
+    block_size: int = Field(16, ge=1, le=256, description="Token slots in a KV block.")
+    kv_cache_bytes: int = Field(
+        512 << 20, ge=1, description="Memory for KV blocks; the number of blocks follows from it and the model's shape."
+    )
+    prefix_cache: bool = Field(True, description="Keep the KV of finished prompts for requests that share a prefix.")
+    layer_group: int = Field(5, ge=1, description="Layers whose KV is published together while prefill runs.")
