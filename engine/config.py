@@ -16,7 +16,7 @@ class EngineConfig(BaseModel):
 
     model: str = Field(
         DEFAULT_MODEL,
-        description="The default model's name, a GGUF file, a Hugging Face folder, or (where there is a network) a hub id.",
+        description="The default model's name, a GGUF file, a Hugging Face folder, or a hub id.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights, activations and KV. auto: float32 on CPU, bfloat16 on GPU."
