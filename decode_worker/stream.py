@@ -44,8 +44,11 @@ Command = Submit | Cancel
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice, in order. `finish_reason` is set on its last delta; `matched_token_id` says which
-    stop token ended it, which is then not among `tokens`."""
+    """New tokens of one choice, in order. `finish_reason` is set on its last delta.
+
+    A stop token (end of sequence or one of `stop_token_ids`) is the last of `tokens`; `matched_token_id` names it, and
+    its text is not part of the answer.
+    """
 
     request_id: str
     choice: int

@@ -75,6 +75,10 @@ class StepOutput:
     sampled: tuple[tuple[Sampled, ...], ...]
 
 
+# Size of one element of a KV cache, by the dtype names that KVLayout uses.
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint64": 8}
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """What one worker's KV cache is made of; two workers can exchange KV when `matches` says so.
@@ -97,6 +101,11 @@ class KVLayout:
     @property
     def shape(self) -> tuple[str, int, int, int]:
         return (self.model, self.num_layers, self.num_kv_heads, self.head_dim)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K and V in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * ELEMENT_BYTES[self.dtype]
 
 
 # Called on the event loop's thread when layers [first, last) of the running batch have their KV in the cache.

@@ -86,6 +86,9 @@ class BlockPool:
     def owners(self) -> tuple[str, ...]:
         return tuple(self._tables)
 
+    def owns(self, owner: str) -> bool:
+        return owner in self._tables
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -29,3 +29,11 @@ class EngineConfig(BaseModel):
     )
     prefix_cache: bool = Field(True, description="Keep the KV of finished prompts for requests that share a prefix.")
     layer_group: int = Field(5, ge=1, description="Layers whose KV is published together while prefill runs.")
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        # Then one of any two workers' block sizes divides the other: a shared prefix ends on both sides' boundaries.
+        if value & (value - 1):
+            raise ValueError("must be a power of two")
+        return value

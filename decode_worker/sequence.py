@@ -1,0 +1,180 @@
+"""A request on a decode worker, and its choices.
+
+A request first needs its prompt's KV, from a prefill worker or computed here:
+
+    QUEUED ──▶ PULLING ──▶ RESERVING ──▶ RECEIVING ──▶ ACTIVE      pulled
+       │          └────────────┴──────────────┐
+       └───────────────────────────────────▶ LOCAL ──▶ ACTIVE      computed here, from the start or after demotion
+
+Then its choices live on their own, each with its own block table:
+
+    NEW ──▶ RUNNING ◀──▶ COMPUTING ──▶ FINISHED      COMPUTING: waiting for blocks, or being (re)computed in chunks
+      └────────┴────────────────────────▶ FINISHED
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from decode_worker.stream import Submit
+from engine.batch import Sampled
+from engine.request import FinishReason, Receipt
+
+
+class RequestState(Enum):
+    QUEUED = auto()
+    PULLING = auto()
+    RESERVING = auto()
+    RECEIVING = auto()
+    LOCAL = auto()
+    ACTIVE = auto()
+
+
+class ChoiceState(Enum):
+    NEW = auto()
+    COMPUTING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+LEGAL_REQUEST_MOVES = {
+    (RequestState.QUEUED, RequestState.PULLING),
+    (RequestState.QUEUED, RequestState.LOCAL),
+    (RequestState.PULLING, RequestState.RESERVING),
+    (RequestState.PULLING, RequestState.LOCAL),
+    (RequestState.RESERVING, RequestState.RECEIVING),
+    (RequestState.RESERVING, RequestState.LOCAL),
+    (RequestState.RECEIVING, RequestState.ACTIVE),
+    (RequestState.LOCAL, RequestState.ACTIVE),
+}
+LEGAL_CHOICE_MOVES = {
+    (ChoiceState.NEW, ChoiceState.COMPUTING),
+    (ChoiceState.NEW, ChoiceState.RUNNING),
+    (ChoiceState.COMPUTING, ChoiceState.RUNNING),
+    (ChoiceState.RUNNING, ChoiceState.COMPUTING),
+    (ChoiceState.NEW, ChoiceState.FINISHED),
+    (ChoiceState.COMPUTING, ChoiceState.FINISHED),
+    (ChoiceState.RUNNING, ChoiceState.FINISHED),
+}
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When a request passed its marks, seconds of the worker's clock; None where it has not (or never will)."""
+
+    arrived_s: float
+    compute_started_s: float | None = None
+    first_token_s: float | None = None
+    kv_ready_s: float | None = None
+    first_step_s: float | None = None
+    last_token_s: float | None = None
+    remote_queue_s: float = 0.0
+    remote_prefill_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One Submit. `serial` orders requests by arrival: the smallest is the oldest. `have_tokens` says how much of the
+    prompt was in the local cache when its pull began; `cached_tokens` how much was not computed, on either side."""
+
+    key: str
+    serial: int
+    submit: Submit
+    deadline_s: float | None
+    times: Timeline
+    state: RequestState = RequestState.QUEUED
+    have_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    kv_bytes: int = 0
+    kv_bytes_before_first_token: int = 0
+    is_dropped: bool = False
+    choices: list[Choice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.choices = [Choice(self, index) for index in range(self.submit.params.n)]
+
+    @property
+    def lead(self) -> Choice:
+        """The choice whose table holds the prompt until the others fork it."""
+        return self.choices[0]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
+
+    def move(self, state: RequestState) -> None:
+        assert (self.state, state) in LEGAL_REQUEST_MOVES, (
+            f"{self.key} cannot go from {self.state.name} to {state.name}"
+        )
+        self.state = state
+
+    def receipt(self) -> Receipt:
+        """What the workers know of where the time went; the gateway adds the rest."""
+        times = self.times
+        first_token = times.arrived_s if times.first_token_s is None else times.first_token_s
+        kv_ready = first_token if times.kv_ready_s is None else max(times.kv_ready_s, first_token)
+        first_step = kv_ready if times.first_step_s is None else times.first_step_s
+        last_token = first_step if times.last_token_s is None else max(times.last_token_s, first_step)
+        queue_s, prefill_s = times.remote_queue_s, times.remote_prefill_s
+        if times.compute_started_s is not None:
+            queue_s += times.compute_started_s - times.arrived_s
+            prefill_s += first_token - times.compute_started_s
+        return Receipt(
+            prefill_queue_s=queue_s,
+            prefill_s=max(0.0, prefill_s),
+            kv_exposed_s=kv_ready - first_token,
+            decode_queue_s=first_step - kv_ready,
+            decode_s=last_token - first_step,
+            kv_bytes=self.kv_bytes,
+            kv_bytes_before_first_token=self.kv_bytes_before_first_token,
+            preemptions=self.preemptions,
+            prefill_worker=self.submit.prefill_address,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One of a request's n answers. `token_ids` is prompt and output; `computed` counts tokens whose KV is written."""
+
+    request: Request
+    index: int
+    state: ChoiceState = ChoiceState.NEW
+    token_ids: list[int] = field(default_factory=list)
+    computed: int = 0
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.submit.token_ids)
+
+    @property
+    def owner(self) -> str:
+        """Name of this choice's table in the block pool."""
+        return f"{self.request.key}/{self.index}"
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.submit.token_ids)
+
+    @property
+    def output_count(self) -> int:
+        return len(self.token_ids) - self.prompt_tokens
+
+    def move(self, state: ChoiceState) -> None:
+        assert (self.state, state) in LEGAL_CHOICE_MOVES, (
+            f"{self.owner} cannot go from {self.state.name} to {state.name}"
+        )
+        self.state = state
+
+    def add(self, drawn: Sampled, eos_token_ids: frozenset[int], max_context: int) -> int | None:
+        """Appends a drawn token; sets `finish_reason` if it is the last. Returns the token when it is a stop token."""
+        params = self.request.submit.params
+        self.token_ids.append(drawn.token_id)
+        is_eos = drawn.token_id in eos_token_ids and not params.ignore_eos
+        if is_eos or drawn.token_id in params.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+            return drawn.token_id
+        if self.output_count >= params.max_tokens or len(self.token_ids) >= max_context:
+            self.finish_reason = FinishReason.LENGTH
+        return None

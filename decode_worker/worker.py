@@ -1,0 +1,327 @@
+"""The decode loop: one task that owns the pool and the scheduler. Sessions, timers and pulls only send it messages.
+
+    gateway stream ─ submit, cancel ─▶ inbox ─▶ schedule ──────▶ runner: one forward pass
+    pull tasks ──── news ───────────▶ inbox    complete ◀─────── one token per running choice
+    gateway stream ◀─ one frame per step and gateway ◀──┘
+
+The attached stream's generator is the lease on all of its requests: however it ends, they are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+from decode_worker import pull as pulling
+from decode_worker.config import DecodeConfig
+from decode_worker.pull import Arrived, Began, Ended, First, Pull
+from decode_worker.scheduler import DecodeBatch, DecodeScheduler, Emission
+from decode_worker.sequence import Request, Timeline
+from decode_worker.session import Session
+from decode_worker.stream import Cancel, Command, Done, Event, Failed, Submit, TokenFrame
+from engine.batch import Runner
+from engine.block_pool import BlockPool
+from engine.errors import DeadlineExceeded, InvalidArgument, TandemError
+from engine.inbox import Inbox
+from engine.running_average import RunningAverage
+from engine.stats import LoopStats
+from kvtransfer.transport import PrefillCall, PrefillTransport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    session: Session
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class _Expire:
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Detach:
+    session: Session
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """An unfinished request and what belongs to it: its gateway, its deadline's timer, its open pull."""
+
+    request: Request
+    session: Session
+    timer: asyncio.TimerHandle | None = None
+    pull: Pull | None = None
+
+
+class DecodeWorker:
+    """Continuous batching over pulled and local prompts. Implements decode_worker.stream.DecodeService."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: DecodeConfig,
+        transport: PrefillTransport,
+        *,
+        worker_id: str,
+        eos_token_ids: frozenset[int],
+        max_context: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.worker_id = worker_id
+        self._runner = runner
+        self._transport = transport
+        layout = runner.layout
+        self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache)
+        self._scheduler = DecodeScheduler(self._pool, config, eos_token_ids, max_context)
+        self._inbox: Inbox[_Command | _Expire | _Detach | pulling.News] = Inbox(config.max_queued)
+        self._live: dict[str, _Live] = {}
+        self._open: set[Pull] = set()  # every pull whose task has not told Ended yet
+        self._serial = 0
+        self._session_count = 0
+        self._steps = 0
+        self._step_s = RunningAverage()
+        self._tokens_per_s = RunningAverage()
+
+    async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
+        """One gateway's stream. Closing the generator cancels all that came by it, within one step."""
+        self._session_count += 1
+        session = Session(f"s{self._session_count}")
+        reader = asyncio.create_task(self._read_commands(session, commands))
+        try:
+            async for frame in session.frames():
+                yield frame
+        finally:
+            reader.cancel()
+            self._inbox.put(_Detach(session))
+            await asyncio.wait([reader])
+
+    async def run(self) -> None:
+        """The loop. Runs until cancelled; a step under way and open pulls are awaited first."""
+        try:
+            while True:
+                self._inbox.drain(self._handle)
+                await self._turn()
+        finally:
+            tasks = [pull.task for pull in self._open if pull.task is not None]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+
+    def stats(self) -> LoopStats:
+        return LoopStats(
+            running=self._scheduler.running_count,
+            waiting=self._scheduler.waiting_count,
+            queued_tokens=self._scheduler.queued_tokens,
+            blocks_total=self._pool.num_blocks,
+            blocks_free=self._pool.available_count,
+            blocks_cached=self._pool.cached_count,
+            block_size=self._pool.block_size,
+            steps=self._steps,
+            prefill_tokens_per_s=self._tokens_per_s.value,
+            decode_step_s=self._step_s.value,
+        )
+
+    def check_empty(self) -> None:
+        """Asserts that no request holds anything, and that the pool's books agree."""
+        self._pool.check()
+        assert not self._pool.owners, f"blocks are still held by {self._pool.owners}"
+        assert not self._live, f"requests are still here: {list(self._live)}"
+        assert self._scheduler.is_empty, "the scheduler still knows requests"
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        batch = self._scheduler.schedule(loop.time())
+        self._open_pulls()
+        self._grant()
+        if batch is not None:
+            await self._step(batch)
+            return
+        demoted = self._scheduler.make_room(loop.time())
+        for request in demoted:
+            self._close_pull(self._live[request.key])
+        if not demoted:
+            if not self._live:
+                self._pool.check()
+            await self._inbox.wait()
+
+    async def _step(self, batch: DecodeBatch) -> None:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        out = await self._inbox.serve_while(self._runner.run(batch.batch), self._handle)
+        self._steps += 1
+        now = loop.time()
+        self._measure(batch, now - start)
+        self._emit(self._scheduler.complete(batch, out, now))
+
+    def _measure(self, batch: DecodeBatch, step_s: float) -> None:
+        prompt_tokens = batch.batch.token_count - len(batch.batch.rows)
+        if prompt_tokens:
+            self._tokens_per_s.add(batch.batch.token_count / max(step_s, 1e-9))
+        else:
+            self._step_s.add(step_s)
+
+    # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _read_commands(self, session: Session, commands: AsyncIterator[Command]) -> None:
+        try:
+            async for command in commands:
+                try:
+                    self._inbox.offer(_Command(session, command))
+                except TandemError as error:
+                    # A cancel is about accepted work and must never be lost; only new work may be refused.
+                    if isinstance(command, Cancel):
+                        self._inbox.put(_Command(session, command))
+                    else:
+                        session.push(self._steps, [Failed(command.request_id, error)])
+        except TandemError as error:
+            logger.info("token stream %s broke: %s", session.name, error)
+        finally:
+            session.close()
+
+    def _handle(self, message: _Command | _Expire | _Detach | pulling.News) -> None:
+        match message:
+            case _Command(session=session, command=Submit() as submit):
+                self._submit(session, submit)
+            case _Command(session=session, command=Cancel() as cancel):
+                request = session.requests.get(cancel.request_id)
+                if request is not None:
+                    self._drop(self._live[request.key])
+            case _Expire(key=key):
+                if key in self._live:
+                    self._fail(self._live[key], DeadlineExceeded("decode"))
+            case _Detach(session=session):
+                for request in list(session.requests.values()):
+                    self._drop(self._live[request.key])
+            case Ended(pull=pull):
+                self._pull_ended(pull)
+            case Began(pull=pull) | First(pull=pull) | Arrived(pull=pull):
+                live = self._live.get(pull.request.key)
+                if live is not None and live.pull is pull:
+                    self._handle_pull(live, message)
+
+    def _submit(self, session: Session, submit: Submit) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        deadline = None if submit.deadline_s is None else now + submit.deadline_s
+        self._serial += 1
+        key = f"{session.name}:{submit.request_id}#{self._serial}"
+        request = Request(key, self._serial, submit, deadline, Timeline(now))
+        try:
+            if submit.request_id in session.requests:
+                raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
+            if not submit.token_ids:
+                raise InvalidArgument("prompt", "no tokens", "at least one token")
+            self._scheduler.submit(request, now)
+        except TandemError as error:
+            session.push(self._steps, [Failed(submit.request_id, error)])
+            return
+        live = _Live(request, session)
+        if deadline is not None:
+            live.timer = loop.call_at(deadline, self._inbox.put, _Expire(key))
+        self._live[key] = live
+        session.requests[submit.request_id] = request
+
+    def _handle_pull(self, live: _Live, message: Began | First | Arrived) -> None:
+        now = asyncio.get_running_loop().time()
+        request = live.request
+        match message:
+            case Began(begin=begin):
+                self._scheduler.began(request, begin.first_token, begin.cached_tokens)
+                self._grant()
+            case First(frame=frame):
+                request.times.remote_queue_s = frame.queue_s
+                request.times.remote_prefill_s = frame.prefill_s
+                self._emit(self._scheduler.first_tokens(request, frame.sampled, now))
+            case Arrived(end=end):
+                request.kv_bytes = end.kv_bytes
+                request.kv_bytes_before_first_token = end.kv_bytes_before_first_token
+                self._scheduler.arrived(request, now)
+
+    # ── pulls ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open_pulls(self) -> None:
+        loop = asyncio.get_running_loop()
+        for request in self._scheduler.start_pulls():
+            submit = request.submit
+            remaining_s = None if request.deadline_s is None else max(0.0, request.deadline_s - loop.time())
+            call = PrefillCall(
+                request_id=submit.request_id,
+                token_ids=submit.token_ids,
+                params=submit.params,
+                seed=submit.seed,
+                have_tokens=request.have_tokens,
+                layout=self._runner.layout,
+                deadline_s=remaining_s,
+                salt=submit.salt,
+            )
+            pull = pulling.start(request, self._runner, self._transport, call, self._inbox.put)
+            self._live[request.key].pull = pull
+            self._open.add(pull)
+
+    def _grant(self) -> None:
+        for request in self._scheduler.grant():
+            pull = self._live[request.key].pull
+            assert pull is not None, f"{request.key} waits for blocks without an open stream"
+            pull.grant.set_result(self._pool.table(request.lead.owner))
+
+    def _close_pull(self, live: _Live) -> None:
+        """Closes the stream and forgets it: what it still says is ignored."""
+        pull, live.pull = live.pull, None
+        if pull is not None and pull.task is not None:
+            pull.task.cancel()
+
+    def _pull_ended(self, pull: Pull) -> None:
+        request = pull.request
+        self._open.discard(pull)
+        assert pull.task is not None
+        if not pull.task.cancelled():
+            pull.task.result()  # a bug in the task is a bug in the worker: crash here, not silently there
+        if request.is_dropped:
+            self._scheduler.give_back(request)
+            return
+        live = self._live[request.key]
+        if live.pull is pull:
+            live.pull = None
+            if pull.error is not None:
+                self._fail(live, pull.error)
+
+    # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _emit(self, emissions: Iterable[Emission]) -> None:
+        """One push per gateway, whatever the number of its sequences."""
+        per_session: dict[Session, list[Event]] = {}
+        finished: list[_Live] = []
+        for request, event in emissions:
+            live = self._live[request.key]
+            per_session.setdefault(live.session, []).append(event)
+            if isinstance(event, Done):
+                finished.append(live)
+        for session, events in per_session.items():
+            session.push(self._steps, events)
+        for live in finished:
+            self._drop(live)
+
+    def _fail(self, live: _Live, error: TandemError) -> None:
+        live.session.push(self._steps, [Failed(live.request.submit.request_id, error)])
+        self._drop(live)
+
+    def _drop(self, live: _Live) -> None:
+        """Ends a request: finished, cancelled, expired or failed. Its blocks follow once nobody writes to them."""
+        request = live.request
+        del self._live[request.key]
+        del live.session.requests[request.submit.request_id]
+        if live.timer is not None:
+            live.timer.cancel()
+        self._scheduler.withdraw(request)
+        is_written = any(pull.request is request for pull in self._open)
+        self._close_pull(live)
+        if not is_written:
+            self._scheduler.give_back(request)

@@ -1,0 +1,109 @@
+"""The sending end of one KV stream: what is published, in which order it leaves, and what has left.
+
+Published runs are kept by reference (block ids and layers), not by content: bytes are read from the KV cache only when
+the transport asks for the next frame. So a reader that stalls costs no memory beyond the blocks, which the stream holds
+anyway: the prefill worker's KV pool is the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.batch import Runner
+from engine.errors import TandemError
+from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Written KV: blocks in token order from `first_token` up to `end_token`, in layers [first_layer, end_layer)."""
+
+    block_ids: Sequence[int]
+    first_token: int
+    end_token: int
+    first_layer: int
+    end_layer: int
+
+
+class KVSender:
+    """One stream's outbox. The worker's loop publishes; the transport pulls `frames()`, one at a time."""
+
+    def __init__(self, runner: Runner, max_frame_bytes: int) -> None:
+        self._runner = runner
+        self._layout = runner.layout
+        self._max_frame_bytes = max_frame_bytes
+        self._urgent: deque[Begin | FirstToken] = deque()
+        self._runs: deque[_Run] = deque()
+        self._wake = asyncio.Event()
+        self._published_all = False
+        self._error: TandemError | None = None
+        self._sent_bytes = 0
+        self._sent_before_first_token = 0
+
+    def begin(self, frame: Begin) -> None:
+        """Opens the stream: the prompt is about to run."""
+        self._urgent.append(frame)
+        self._wake.set()
+
+    def publish(self, block_ids: Sequence[int], first_token: int, end_token: int, layers: range) -> None:
+        """Offers the KV of tokens [first_token, end_token) in `layers`. `block_ids` start with `first_token`'s block;
+        `end_token` ends a block or the prompt. The blocks must stay unchanged until the stream ends."""
+        if first_token < end_token:
+            self._runs.append(_Run(tuple(block_ids), first_token, end_token, layers.start, layers.stop))
+            self._wake.set()
+
+    def first_token(self, frame: FirstToken) -> None:
+        """Sends the first token ahead of KV still waiting. Everything is published by now, so `End` follows the KV."""
+        self._sent_before_first_token = self._sent_bytes
+        self._urgent.append(frame)
+        self._published_all = True
+        self._wake.set()
+
+    def fail(self, error: TandemError) -> None:
+        """Ends the stream with an error instead."""
+        self._error = error
+        self._wake.set()
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """Frames in sending order. What is yielded counts as sent when the transport asks for the next one."""
+        pending: Iterator[KVBlocks] = iter(())
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._urgent:
+                yield self._urgent.popleft()
+            elif (block_frame := next(pending, None)) is not None:
+                yield block_frame
+                self._sent_bytes += len(block_frame.payload)
+            elif self._runs:
+                pending = self._cut(self._runs.popleft())
+            elif self._published_all:
+                yield End(self._sent_bytes, self._sent_before_first_token)
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    def _cut(self, run: _Run) -> Iterator[KVBlocks]:
+        """Frames of at most `max_frame_bytes` (but at least one block of one layer): by layers, then by blocks."""
+        block_size = self._layout.block_size
+        full_blocks = (run.end_token - run.first_token) // block_size
+        layer_bytes = max(1, full_blocks) * block_size * self._layout.token_bytes
+        layers_each = max(1, self._max_frame_bytes // layer_bytes)
+        blocks_each = max(1, self._max_frame_bytes // (block_size * self._layout.token_bytes))
+        tail_tokens = (run.end_token - run.first_token) % block_size
+        for first_layer in range(run.first_layer, run.end_layer, layers_each):
+            layers = range(first_layer, min(first_layer + layers_each, run.end_layer))
+            for start in range(0, full_blocks, blocks_each):
+                block_ids = run.block_ids[start : min(start + blocks_each, full_blocks)]
+                yield self._read(block_ids, run.first_token + start * block_size, block_size, layers)
+            if tail_tokens:
+                tail_start = run.first_token + full_blocks * block_size
+                yield self._read(run.block_ids[full_blocks : full_blocks + 1], tail_start, tail_tokens, layers)
+
+    def _read(self, block_ids: Sequence[int], first_token: int, block_tokens: int, layers: range) -> KVBlocks:
+        payload = self._runner.export_blocks(block_ids, layers, block_tokens)
+        return KVBlocks(first_token, len(block_ids), block_tokens, layers.start, len(layers), payload)

@@ -1,0 +1,170 @@
+"""The prefill loop: one task that owns the pool and the scheduler, and one stream per request that only waits on it.
+
+    stream (RPC)                    loop                                      runner
+    ─ Arrive ────────────▶ inbox ─▶ schedule ─────────────────────────────▶  forward, layer group by layer group
+    ◀ Begin, KV frames ◀── sender ◀─ publish (after each layer group) ◀─────  on_layers
+    ◀ first token, rest ◀─ sender ◀─ complete
+    ─ Depart ────────────▶ inbox ─▶ blocks back, between steps
+
+The stream's generator is the lease: however it ends (read out, cancelled, peer gone), its `finally` sends Depart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+
+from engine.batch import Runner
+from engine.block_pool import BlockPool
+from engine.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, TandemError
+from engine.inbox import Inbox
+from engine.running_average import RunningAverage
+from engine.stats import LoopStats
+from kvtransfer.frames import Begin, FirstToken, Frame
+from kvtransfer.send import KVSender
+from kvtransfer.transport import PrefillCall
+from prefill_worker.config import PrefillConfig
+from prefill_worker.scheduler import Chunk, Finished, Job, PrefillBatch, PrefillScheduler
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrive:
+    job: Job
+    sender: KVSender
+
+
+@dataclass(frozen=True, slots=True)
+class _Depart:
+    key: str
+
+
+class PrefillWorker:
+    """Computes prompts and streams their KV while it does. Implements kvtransfer.transport.PrefillService."""
+
+    def __init__(self, runner: Runner, config: PrefillConfig, *, worker_id: str, prefix_cache: bool = True) -> None:
+        self.worker_id = worker_id
+        self._runner = runner
+        self._config = config
+        layout = runner.layout
+        self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache)
+        self._scheduler = PrefillScheduler(self._pool, config)
+        self._inbox: Inbox[_Arrive | _Depart] = Inbox(config.max_queued)
+        self._senders: dict[str, KVSender] = {}
+        self._stream_count = 0
+        self._steps = 0
+        self._tokens_per_s = RunningAverage()
+
+    async def prefill(self, call: PrefillCall) -> AsyncIterator[Frame]:
+        """One request's KV stream. Closing the generator frees everything within one step."""
+        self._check(call)
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        deadline = None if call.deadline_s is None else now + call.deadline_s
+        self._stream_count += 1
+        job = Job(f"{call.request_id}#{self._stream_count}", call, now, deadline)
+        sender = KVSender(self._runner, self._config.max_frame_bytes)
+        self._inbox.offer(_Arrive(job, sender))
+        timer = None
+        if deadline is not None:
+            timer = loop.call_at(deadline, sender.fail, DeadlineExceeded("prefill"))
+        try:
+            async for frame in sender.frames():
+                yield frame
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._inbox.put(_Depart(job.key))
+
+    async def run(self) -> None:
+        """The loop. Runs until cancelled; a step under way is awaited first."""
+        while True:
+            self._inbox.drain(self._handle)
+            batch = self._scheduler.schedule(asyncio.get_running_loop().time())
+            if batch is None:
+                self._pool.check()
+                await self._inbox.wait()
+                continue
+            await self._step(batch)
+
+    def stats(self) -> LoopStats:
+        return LoopStats(
+            running=self._scheduler.running_count,
+            waiting=self._scheduler.waiting_count,
+            queued_tokens=self._scheduler.queued_tokens,
+            blocks_total=self._pool.num_blocks,
+            blocks_free=self._pool.available_count,
+            blocks_cached=self._pool.cached_count,
+            block_size=self._pool.block_size,
+            steps=self._steps,
+            prefill_tokens_per_s=self._tokens_per_s.value,
+        )
+
+    def check_empty(self) -> None:
+        """Asserts that no stream holds anything, and that the pool's books agree."""
+        self._pool.check()
+        assert not self._pool.owners, f"blocks are still held by {self._pool.owners}"
+        assert not self._senders, f"streams are still open: {list(self._senders)}"
+
+    def _check(self, call: PrefillCall) -> None:
+        if not call.token_ids:
+            raise InvalidArgument("prompt", "no tokens", "at least one token")
+        if not 0 <= call.have_tokens < len(call.token_ids):
+            raise InvalidArgument("have_tokens", call.have_tokens, f"an integer in [0, {len(call.token_ids)})")
+        if not self._runner.layout.matches(call.layout):
+            raise LayoutMismatch(f"this worker's KV is {self._runner.layout}, the caller's is {call.layout}")
+
+    def _handle(self, message: _Arrive | _Depart) -> None:
+        match message:
+            case _Arrive(job=job, sender=sender):
+                try:
+                    self._scheduler.arrive(job, asyncio.get_running_loop().time())
+                    self._senders[job.key] = sender
+                except TandemError as error:
+                    sender.fail(error)
+            case _Depart(key=key):
+                self._senders.pop(key, None)
+                self._scheduler.depart(key)
+
+    async def _step(self, batch: PrefillBatch) -> None:
+        loop = asyncio.get_running_loop()
+        for job in batch.started:
+            self._begin(job)
+        start = loop.time()
+        run = self._runner.run(batch.batch, partial(self._publish, batch.chunks))
+        out = await self._inbox.serve_while(run, self._handle)
+        self._steps += 1
+        now = loop.time()
+        self._tokens_per_s.add(batch.batch.token_count / max(now - start, 1e-9))
+        for finished in self._scheduler.complete(batch, out):
+            self._finish(finished, now)
+
+    def _begin(self, job: Job) -> None:
+        sender = self._senders.get(job.key)
+        if sender is None:
+            return
+        # Both sides' block sizes are powers of two, so this is a boundary for the caller as well.
+        first_token = job.call.have_tokens // self._pool.block_size * self._pool.block_size
+        sender.begin(Begin(len(job.call.token_ids), first_token, job.cached, self._runner.layout))
+        if first_token < job.cached:
+            blocks = self._pool.export(job.key, first_token, job.cached)
+            sender.publish(blocks, first_token, job.cached, range(self._runner.layout.num_layers))
+
+    def _publish(self, chunks: tuple[Chunk, ...], first_layer: int, end_layer: int) -> None:
+        """Offers what a layer group of a running step has just written: complete blocks, and the prompt's last ones."""
+        size = self._pool.block_size
+        for chunk in chunks:
+            sender = self._senders.get(chunk.job.key)
+            if sender is None:
+                continue
+            is_last = chunk.end == len(chunk.job.call.token_ids)
+            start = max(chunk.start, chunk.job.call.have_tokens) // size * size
+            end = chunk.end if is_last else chunk.end // size * size
+            sender.publish(chunk.block_ids[start // size :], start, end, range(first_layer, end_layer))
+
+    def _finish(self, finished: Finished, now: float) -> None:
+        job = finished.job
+        sender = self._senders.get(job.key)
+        if sender is not None:
+            sender.first_token(FirstToken(finished.sampled, job.started_s - job.arrived_s, now - job.started_s))
