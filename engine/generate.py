@@ -5,7 +5,7 @@ Prompts run one after another in chunks, then all decode together, one token eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.batch import Batch, Row, Runner, Sampled, SampleSpec
@@ -58,7 +58,31 @@ class Generator:
         self._pool = BlockPool(runner.layout.num_blocks, runner.layout.block_size, prefix_cache)
 
     async def generate(self, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        """Answers per prompt and choice, in order. All KV must fit: raises InvalidArgument when it does not."""
+        """Answers per prompt and choice, in order. Raises InvalidArgument for a prompt that the pool can never hold."""
+        answers: list[list[Answer]] = []
+        for wave in self._waves(prompts):
+            answers += await self._generate_wave(wave)
+        return answers
+
+    def _waves(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+        """Cuts the prompts into runs whose KV fits into the pool even when every choice runs to its limit."""
+        wave: list[Prompt] = []
+        free = self._pool.num_blocks
+        for prompt in prompts:
+            tokens = min(len(prompt.token_ids) + prompt.params.max_tokens, self._max_context)
+            need = self._pool.blocks_for(tokens) * prompt.params.n
+            if need > self._pool.num_blocks:
+                limit = self._pool.num_blocks * self._pool.block_size
+                raise InvalidArgument("prompt + max_tokens", f"{tokens} tokens", f"at most {limit} in all choices")
+            if need > free:
+                yield wave
+                wave, free = [], self._pool.num_blocks
+            wave.append(prompt)
+            free -= need
+        if wave:
+            yield wave
+
+    async def _generate_wave(self, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         answers = [await self._prefill(index, prompt) for index, prompt in enumerate(prompts)]
         running = [(f"{p}/{a.choice}", a) for p, choices in enumerate(answers) for a in choices if not a.finish_reason]
         while running:
@@ -111,9 +135,7 @@ class Generator:
 
     def _reserve(self, owner: str, count: int) -> tuple[tuple[int, int], ...]:
         appended = self._pool.append(owner, count)
-        if appended is None:
-            total = self._pool.num_blocks * self._pool.block_size
-            raise InvalidArgument("prompts", f"{count} tokens too many", f"at most {total} tokens of KV together")
+        assert appended is not None, f"{owner} needs {count} tokens more than its wave was planned for"
         return appended.copies
 
     def _add(self, answer: Answer, drawn: Sampled) -> None:
