@@ -24,7 +24,7 @@ from decode_worker.stream import Cancel, Command, Done, Event, Failed, Submit, T
 from engine.batch import Runner
 from engine.block_pool import BlockPool
 from engine.errors import DeadlineExceeded, InvalidArgument, TandemError
-from engine.inbox import Inbox
+from engine.inbox import INBOX_LIMIT, Inbox
 from engine.running_average import RunningAverage
 from engine.stats import LoopStats
 from kvtransfer.transport import PrefillCall, PrefillTransport
@@ -78,7 +78,7 @@ class DecodeWorker:
         layout = runner.layout
         self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache)
         self._scheduler = DecodeScheduler(self._pool, config, eos_token_ids, max_context)
-        self._inbox: Inbox[_Command | _Expire | _Detach | pulling.News] = Inbox(config.max_queued)
+        self._inbox: Inbox[_Command | _Expire | _Detach | pulling.News] = Inbox(INBOX_LIMIT)
         self._live: dict[str, _Live] = {}
         self._open: set[Pull] = set()  # every pull whose task has not told Ended yet
         self._serial = 0

@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from engine.errors import Overloaded
 
+# Messages that may wait for one turn of a worker's loop. The loop reads its mail many times a second.
+INBOX_LIMIT = 4096
+
 Message = TypeVar("Message")
 Result = TypeVar("Result")
 

@@ -19,7 +19,7 @@ from functools import partial
 from engine.batch import Runner
 from engine.block_pool import BlockPool
 from engine.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, TandemError
-from engine.inbox import Inbox
+from engine.inbox import INBOX_LIMIT, Inbox
 from engine.running_average import RunningAverage
 from engine.stats import LoopStats
 from kvtransfer.frames import Begin, FirstToken, Frame
@@ -50,7 +50,7 @@ class PrefillWorker:
         layout = runner.layout
         self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache)
         self._scheduler = PrefillScheduler(self._pool, config)
-        self._inbox: Inbox[_Arrive | _Depart] = Inbox(config.max_queued)
+        self._inbox: Inbox[_Arrive | _Depart] = Inbox(INBOX_LIMIT)
         self._senders: dict[str, KVSender] = {}
         self._stream_count = 0
         self._steps = 0
