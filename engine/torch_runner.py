@@ -1,0 +1,139 @@
+"""The Runner that computes: torch, on CPU or GPU, in one dedicated thread.
+
+    event loop    run ──────────────── on_layers ─ on_layers ─ … ─ returns    (export, import of other blocks meanwhile)
+                   │                       ▲           ▲              ▲
+    the thread     └ copies │ layer group ─┘ │ group ──┘ │ … │ sample ┘
+
+A run that is cancelled still waits for the thread: `run` never lets go while a forward pass may read or write blocks,
+so whoever awaited it can free them at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from engine.batch import Batch, KVLayout, LayerListener, StepOutput
+from engine.kv_cache import KVCache
+from engine.model import Model
+from engine.sampler import Sampler
+from kernels.attention_batch import build_attention_batch
+
+
+class TorchRunner:
+    """See `Runner` in engine/batch.py for the contract.
+
+    `layer_group`: layers between two calls of `on_layers`. `threads`: CPU threads of a forward pass, 0 for torch's own
+    choice; torch keeps one such number for the whole process.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        sampler: Sampler,
+        *,
+        device: torch.device,
+        layer_group: int,
+        threads: int = 0,
+    ) -> None:
+        assert layer_group > 0, "a layer group holds at least one layer"
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
+        self._device = device
+        self._layer_group = layer_group
+        initializer = (lambda: torch.set_num_threads(threads)) if threads else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=initializer)
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._cache.layout
+
+    async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
+        """Runs one forward pass. When cancelled, waits for the pass to end and only then raises CancelledError."""
+        loop = asyncio.get_running_loop()
+
+        def publish(first: int, end: int) -> None:
+            if on_layers is not None:
+                loop.call_soon_threadsafe(on_layers, first, end)
+
+        forward = loop.run_in_executor(self._thread, self.run_now, batch, publish)
+        # Callbacks are queued on the loop in order, so every on_layers comes before the future's own completion.
+        cancelled = False
+        while not forward.done():
+            try:
+                await asyncio.wait([forward])
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            # The result is nobody's any more; an error is still taken note of, or asyncio would complain.
+            forward.exception()
+            raise asyncio.CancelledError
+        return forward.result()
+
+    def run_now(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
+        """The forward pass itself, in the calling thread, which also makes the calls of `on_layers`."""
+        with torch.inference_mode():
+            logits = self.logits(batch, on_layers)
+            drawn = iter(self._sampler.sample(logits, [row.sample for row in batch.rows if row.sample is not None]))
+            return StepOutput(tuple(() if row.sample is None else next(drawn) for row in batch.rows))
+
+    def logits(self, batch: Batch, on_layers: LayerListener | None = None) -> torch.Tensor:
+        """Runs the model; [rows that sample, vocab] float32, at each such row's last token."""
+        with torch.inference_mode():
+            return self._logits(batch, on_layers or _nobody)
+
+    def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> memoryview:
+        """May be called from any thread while a forward pass writes other blocks or later layers."""
+        return self._cache.export_blocks(block_ids, layers, block_tokens)
+
+    def import_blocks(
+        self,
+        block_ids: Sequence[int],
+        first_slot: int,
+        layers: range,
+        block_tokens: int,
+        payload: memoryview,
+        dtype: str,
+    ) -> None:
+        """May be called from any thread while a forward pass works on other blocks."""
+        self._cache.import_blocks(block_ids, first_slot, layers, block_tokens, payload, dtype)
+
+    async def close(self) -> None:
+        """Waits for a forward pass under way, then ends the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, _nothing)
+        self._thread.shutdown()
+
+    def _logits(self, batch: Batch, on_layers: Callable[[int, int], None]) -> torch.Tensor:
+        self._cache.copy_blocks(batch.copies)
+        attention = build_attention_batch(
+            [(row.start, len(row.token_ids), row.block_ids) for row in batch.rows],
+            self.layout.block_size,
+            self._device,
+        )
+        hidden = self._model.embed(self._tensor([token_id for row in batch.rows for token_id in row.token_ids]))
+        for first in range(0, self.layout.num_layers, self._layer_group):
+            end = min(first + self._layer_group, self.layout.num_layers)
+            hidden = self._model.layers(hidden, range(first, end), attention, self._cache.tensor)
+            if self._device.type == "cuda":
+                # Launches run ahead of the device: the listener must find KV in the cache, not on its way there.
+                torch.cuda.current_stream(self._device).synchronize()
+            on_layers(first, end)
+        ends = [span.query_start + span.query_count - 1 for span in attention.spans]
+        sampling = [end for end, row in zip(ends, batch.rows, strict=True) if row.sample is not None]
+        return self._model.logits(hidden, self._tensor(sampling))
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _nobody(first: int, end: int) -> None:
+    """The listener of a caller that does not listen."""
+
+
+def _nothing() -> None:
+    """Queued behind a forward pass, its end is the pass's end."""
