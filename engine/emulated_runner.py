@@ -1,0 +1,166 @@
+"""A runner without a model: it takes as long as a cost model says, and answers a hash of the context.
+
+The hash is read from emulated KV (engine/emulated_kv.py) through the block tables, and the right answer of every
+request is known beforehand (`expected_tokens`). So whatever a scheduler, pool or transfer does wrong becomes a wrong
+token, or an AssertionError that says what was wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+
+from engine.batch import Batch, KVLayout, LayerListener, Row, Sampled, SampleSpec, StepOutput
+from engine.emulated_kv import MASK, ROOT, EmulatedKV, extend, mix
+from engine.sampling import SamplingParams
+
+
+class EmulatedRunner:
+    """Implements engine.batch.Runner on the running loop's clock.
+
+    `layout` has dtype "uint64", one KV head and head_dim 1. `cost` gives a batch's seconds. `eos_rate` is the share of
+    draws that end a sequence; without it `eos_token_id` is never drawn.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        cost: Callable[[Batch], float],
+        layer_group: int,
+        *,
+        vocab_size: int = 32_000,
+        eos_token_id: int = 0,
+        eos_rate: float = 0.0,
+    ) -> None:
+        assert vocab_size >= 2, "a vocabulary of end-of-sequence alone can say nothing"
+        assert layer_group >= 1, "a layer group holds at least one layer"
+        self._layout = layout
+        self._cost = cost
+        self._layer_group = layer_group
+        self.vocab_size = vocab_size
+        self.eos_token_id = eos_token_id
+        self.eos_rate = eos_rate
+        self._in_use: frozenset[int] | None = None
+        self._kv = EmulatedKV(layout)
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._layout
+
+    async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
+        """See Runner. Asserts what the real runner takes for granted: who may write what, and that all layers agree."""
+        assert self._in_use is None, "a second batch was started while one is under way"
+        self._in_use = check_ownership(batch, self._layout.block_size)
+        groups = [
+            slice(first, min(first + self._layer_group, self._layout.num_layers))
+            for first in range(0, self._layout.num_layers, self._layer_group)
+        ]
+        try:
+            slice_s = self._cost(batch) / len(groups)
+            if batch.copies:
+                self._kv.copy(batch.copies)
+            for layers in groups:
+                await asyncio.sleep(slice_s)
+                for rows in _waves(batch.rows):
+                    self._kv.write_rows(rows, layers)
+                if on_layers is not None:
+                    on_layers(layers.start, layers.stop)
+            return StepOutput(self._sample_rows(batch.rows))
+        finally:
+            self._in_use = None
+
+    def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> bytes | memoryview:
+        return self._kv.export(block_ids, layers, block_tokens)
+
+    def import_blocks(
+        self,
+        block_ids: Sequence[int],
+        first_slot: int,
+        layers: range,
+        block_tokens: int,
+        payload: memoryview,
+        dtype: str,
+    ) -> None:
+        held = sorted((self._in_use or frozenset()).intersection(block_ids))
+        assert not held, f"KV is received into blocks {held}, which the running batch uses"
+        self._kv.store(block_ids, first_slot, layers, block_tokens, payload, dtype)
+
+    async def close(self) -> None:
+        assert self._in_use is None, "the runner was closed while a batch is under way"
+
+    def expected_tokens(
+        self, prompt_ids: Sequence[int], params: SamplingParams, seed: int, choice: int, count: int
+    ) -> list[int]:
+        """The one right answer: the first `count` tokens that follow `prompt_ids`, worked out from scratch."""
+        last, digest, position = ROOT, 0, 0
+        output: list[int] = []
+        pending = list(prompt_ids)
+        for step in range(count):
+            for token_id in pending:
+                last, digest = extend(last, digest, position, token_id)
+                position += 1
+            pending = [self._draw(last, digest, params, seed, choice, step)]
+            output += pending
+        return output
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _sample_rows(self, rows: Sequence[Row]) -> tuple[tuple[Sampled, ...], ...]:
+        asked = [row for row in rows if row.sample is not None]
+        if not asked:
+            return tuple(() for _ in rows)
+        contexts = iter(zip(self._kv.ends(asked), self._kv.digests(asked), strict=True))
+        return tuple(self._sample(row.sample, *next(contexts)) if row.sample else () for row in rows)
+
+    def _sample(self, spec: SampleSpec, last: int, digest: int) -> tuple[Sampled, ...]:
+        has_history = not spec.params.needs_history or len(spec.output_ids) == spec.step
+        assert has_history, f"token {spec.step} is drawn with a history of {len(spec.output_ids)} tokens"
+        drawn = (self._draw(last, digest, spec.params, spec.seed, choice, spec.step) for choice in spec.choices)
+        return tuple(self._described(token_id, spec.params) for token_id in drawn)
+
+    def _draw(self, last: int, digest: int, params: SamplingParams, seed: int, choice: int, step: int) -> int:
+        context = mix(last ^ mix(digest))
+        if not params.is_greedy:
+            context ^= mix(mix(mix(seed & MASK) ^ choice) ^ step)
+        # 53 bits, as a double holds them.
+        if step >= params.min_tokens and mix(context) >> 11 < self.eos_rate * (1 << 53):
+            return self.eos_token_id
+        token_id = context % (self.vocab_size - 1)
+        return token_id + (token_id >= self.eos_token_id)
+
+    def _described(self, token_id: int, params: SamplingParams) -> Sampled:
+        if params.logprobs is None:
+            return Sampled(token_id)
+        others = ((token_id + rank) % self.vocab_size for rank in range(params.logprobs))
+        return Sampled(token_id, -1.0, tuple((other, -1.0 - rank) for rank, other in enumerate(others)))
+
+
+def check_ownership(batch: Batch, block_size: int) -> frozenset[int]:
+    """The blocks that `batch` uses. AssertionError when two rows write one block, or one reads what another writes,
+    or a table is too short, or copies depend on one another."""
+    targets = [target for _, target in batch.copies]
+    assert len(set(targets)) == len(targets), f"copies {batch.copies} write a block twice"
+    assert not {source for source, _ in batch.copies} & set(targets), f"copies {batch.copies} depend on their order"
+    tables = [set(row.block_ids) for row in batch.rows]
+    writers: dict[int, str] = {}
+    for row, table in zip(batch.rows, tables, strict=True):
+        assert len(row.token_ids) > 0, f"{row.seq_id}: a row without tokens"
+        assert len(row.block_ids) * block_size >= row.end, f"{row.seq_id}: {row.end} tokens in {row.block_ids}"
+        assert len(table) == len(row.block_ids), f"{row.seq_id}: a block twice in {row.block_ids}"
+        for block_id in row.block_ids[row.start // block_size : (row.end - 1) // block_size + 1]:
+            writer = writers.setdefault(block_id, row.seq_id)
+            assert writer == row.seq_id, f"{writer} and {row.seq_id} both write block {block_id}"
+    for row, table in zip(batch.rows, tables, strict=True):
+        for block_id in table & writers.keys():
+            assert writers[block_id] == row.seq_id, (
+                f"{row.seq_id} reads block {block_id}, {writers[block_id]} writes it"
+            )
+    return frozenset().union(*batch.copies, *tables)
+
+
+def _waves(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Rows that may run side by side: all of them, or one by one where a sequence has several."""
+    if len({row.seq_id for row in rows}) == len(rows):
+        yield rows
+    else:
+        yield from ([row] for row in rows)
