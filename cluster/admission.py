@@ -1,0 +1,77 @@
+"""The gateway's queue: at most so many requests run, at most so many wait, first come first served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from cluster.deadline import within
+from engine.errors import Overloaded
+from engine.running_average import RunningAverage
+
+# Before the first request has finished, nothing is known of how long one takes.
+FIRST_GUESS_S = 1.0
+MIN_RETRY_S = 0.1
+MAX_RETRY_S = 60.0
+
+
+class Admission:
+    """Hands out `max_running` places to run; a place goes directly from one request to the next that waits."""
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._queue: dict[asyncio.Future[None], None] = {}
+        self._held_s = RunningAverage()
+        self.running_count = 0
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._queue)
+
+    @asynccontextmanager
+    async def place(self, deadline_s: float | None) -> AsyncIterator[None]:
+        """Waits for a place and holds it. Raises Overloaded when too many wait already, DeadlineExceeded at
+        `deadline_s` on the loop's clock. Whoever stops waiting, for whatever reason, leaves the queue at once."""
+        await within(deadline_s, "gateway queue", self._enter())
+        loop = asyncio.get_running_loop()
+        entered_s = loop.time()
+        try:
+            yield
+        finally:
+            self._held_s.add(loop.time() - entered_s)
+            self._leave()
+
+    async def _enter(self) -> None:
+        if self.running_count < self._max_running:
+            self.running_count += 1
+            return
+        if len(self._queue) >= self._max_waiting:
+            raise Overloaded(f"{len(self._queue)} requests wait at the gateway already", self._retry_after_s())
+        ticket = asyncio.get_running_loop().create_future()
+        self._queue[ticket] = None
+        called = False
+        try:
+            await ticket
+            called = True
+        finally:
+            if not called:
+                self._queue.pop(ticket, None)
+                # Called and cancelled in the same moment: the place is ours and must go on to the next.
+                if ticket.done() and not ticket.cancelled():
+                    self._leave()
+
+    def _leave(self) -> None:
+        for ticket in list(self._queue):
+            del self._queue[ticket]
+            if not ticket.done():
+                ticket.set_result(None)
+                return
+        self.running_count -= 1
+        assert self.running_count >= 0, "a place was given back twice"
+
+    def _retry_after_s(self) -> float:
+        """Until all that wait now have got a place, at the pace of the last requests."""
+        held_s = self._held_s.value or FIRST_GUESS_S
+        return min(max(MIN_RETRY_S, round(len(self._queue) * held_s / self._max_running, 1)), MAX_RETRY_S)

@@ -1,0 +1,78 @@
+"""What may come in: checks a request against the model and the gateway's limits, and tokenizes its prompt."""
+
+from __future__ import annotations
+
+import math
+
+from cluster.messages import GenerateRequest, Message, ModelInfo
+from engine.errors import InvalidArgument, NotFound
+from engine.tokenizer import Tokenizer
+
+MAX_REQUEST_ID_CHARS = 256
+MAX_SALT_BYTES = 256
+
+
+def prompt_token_ids(
+    request: GenerateRequest, model: ModelInfo, tokenizer: Tokenizer | None, max_prompt_chars: int
+) -> tuple[int, ...]:
+    """The prompt's token ids. Raises NotFound for another model, InvalidArgument for everything else that is wrong."""
+    if request.model not in ("", model.name):
+        raise NotFound("model", request.model, known=model.name)
+    _check_small_fields(request)
+    request.params.validate(model.vocab_size)
+    if request.params.stop and tokenizer is None:
+        raise InvalidArgument("sampling_params.stop", request.params.stop, "none: this gateway has no tokenizer")
+    field, token_ids = _encode(request.prompt, tokenizer, max_prompt_chars)
+    if not token_ids:
+        raise InvalidArgument(field, request.prompt, "a prompt of at least one token")
+    for token_id in token_ids:
+        if not 0 <= token_id < model.vocab_size:
+            raise InvalidArgument(field, token_id, f"a token id in [0, {model.vocab_size})")
+    _check_length(field, len(token_ids), request.params.max_tokens, model.max_context)
+    return token_ids
+
+
+def _check_small_fields(request: GenerateRequest) -> None:
+    if len(request.request_id) > MAX_REQUEST_ID_CHARS:
+        raise InvalidArgument("request_id", request.request_id, f"at most {MAX_REQUEST_ID_CHARS} characters")
+    if len(request.salt) > MAX_SALT_BYTES:
+        raise InvalidArgument("cache_salt", f"{len(request.salt)} bytes", f"at most {MAX_SALT_BYTES} bytes")
+    deadline_s = request.deadline_s
+    if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > 0):
+        raise InvalidArgument("deadline_s", deadline_s, "a positive number of seconds")
+
+
+def _encode(
+    prompt: str | tuple[int, ...] | tuple[Message, ...], tokenizer: Tokenizer | None, max_prompt_chars: int
+) -> tuple[str, tuple[int, ...]]:
+    """(the field that held the prompt, by its name in inference.proto; its token ids)"""
+    if isinstance(prompt, str):
+        _check_chars("text", len(prompt), max_prompt_chars)
+        return "text", tuple(_needed("text", tokenizer).encode(prompt)) if prompt else ()
+    messages = [turn for turn in prompt if isinstance(turn, Message)]
+    if not messages:
+        return "token_ids", tuple(token_id for token_id in prompt if isinstance(token_id, int))
+    assert len(messages) == len(prompt), "a prompt mixes messages and token ids"
+    _check_chars("messages", sum(len(turn.role) + len(turn.content) for turn in messages), max_prompt_chars)
+    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+    return "messages", tuple(_needed("messages", tokenizer).encode_chat(turns))
+
+
+def _needed(field: str, tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise InvalidArgument(field, "a prompt to tokenize", "token_ids: this gateway has no tokenizer")
+    return tokenizer
+
+
+def _check_chars(field: str, chars: int, max_prompt_chars: int) -> None:
+    if chars > max_prompt_chars:
+        raise InvalidArgument(field, f"{chars} characters", f"at most {max_prompt_chars}")
+
+
+def _check_length(field: str, prompt_tokens: int, max_tokens: int, max_context: int) -> None:
+    if prompt_tokens >= max_context:
+        limit = f"at most {max_context - 1}: the model's context is {max_context}"
+        raise InvalidArgument(field, f"{prompt_tokens} tokens", limit)
+    if prompt_tokens + max_tokens > max_context:
+        room = f"at most {max_context - prompt_tokens}: the prompt has {prompt_tokens} of {max_context} tokens"
+        raise InvalidArgument("sampling_params.max_tokens", max_tokens, room)

@@ -1,0 +1,179 @@
+"""The gateway's links to decode workers: one token stream to each, shared by all requests that run there.
+
+    submit() ─ Submit ─▶ outbox ─▶ writer ─▶ session ─▶ worker
+    mailbox ◀─ events ─────────── reader ◀─ session ◀─ one frame per step
+
+A link opens with the first request for its address. When it breaks, for whatever reason, each of its requests gets
+Failed(Unavailable), and the next request opens it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from decode_worker.stream import Cancel, Command, DecodeSession, DecodeTransport, Done, Event, Failed, Submit
+from engine.errors import TandemError, Unavailable
+
+
+class DecodeLinks:
+    """Runs requests on decode workers by address."""
+
+    def __init__(self, transport: DecodeTransport) -> None:
+        self._transport = transport
+        self._links: dict[str, _Link] = {}
+        self._submit_count = 0
+        self._closed = False
+
+    @asynccontextmanager
+    async def submit(self, address: str, submit: Submit) -> AsyncIterator[AsyncIterator[Event]]:
+        """Starts a request and yields its events, which end with Done or Failed. Leaving the context earlier cancels
+        the request; neither entering nor leaving ever waits. Raises Unavailable after `close`.
+
+        On the wire the request's id gets a number, so that what an earlier request of the same id left behind is not
+        taken for this one's. Its events carry that id.
+        """
+        if self._closed:
+            raise Unavailable("the gateway is shutting down")
+        link = self._links.get(address)
+        if link is None or link.is_broken:
+            link = self._links[address] = _Link(self._transport, address)
+        self._submit_count += 1
+        submit = replace(submit, request_id=f"{submit.request_id}#{self._submit_count}")
+        mailbox = link.start(submit)
+        try:
+            yield mailbox
+        finally:
+            link.leave(submit)
+
+    async def close(self) -> None:
+        """Ends every link; requests still running get Failed(Unavailable)."""
+        self._closed = True
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        self._links.clear()
+
+
+class _Mailbox:
+    """Events of one request on their way to its reader.
+
+    Bounded by the request itself: at most one event per token it may draw (n × max_tokens), and one for its end.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self.has_ended = False
+
+    def put(self, event: Event) -> None:
+        if self.has_ended:
+            return
+        self.has_ended = isinstance(event, Done | Failed)
+        self._events.append(event)
+        self._arrived.set()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self.has_ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._events.popleft()
+
+
+class _Link:
+    """One token stream, from its opening to its end; never reopened.
+
+    The outbox holds at most two commands for each request that was sent or is to be sent, so it is bounded by the
+    gateway's admission as long as the worker ends what it was told to cancel.
+    """
+
+    def __init__(self, transport: DecodeTransport, address: str) -> None:
+        self._transport = transport
+        self._address = address
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._outbox: deque[Command] = deque()
+        self._has_mail = asyncio.Event()
+        self.is_broken = False
+        self._task = asyncio.create_task(self._run())
+
+    def start(self, submit: Submit) -> _Mailbox:
+        mailbox = self._mailboxes[submit.request_id] = _Mailbox()
+        self._post(submit)
+        return mailbox
+
+    def leave(self, submit: Submit) -> None:
+        """Forgets a request, and cancels it where it has not ended."""
+        mailbox = self._mailboxes.pop(submit.request_id)
+        if mailbox.has_ended or self.is_broken:
+            return
+        if submit in self._outbox:
+            self._outbox.remove(submit)
+        else:
+            self._post(Cancel(submit.request_id))
+
+    def _post(self, command: Command) -> None:
+        self._outbox.append(command)
+        self._has_mail.set()
+
+    async def close(self) -> None:
+        self._break("the gateway is shutting down")
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    def _break(self, problem: str) -> None:
+        """Fails what runs here. Only the first call's `problem` reaches the requests."""
+        self.is_broken = True
+        self._outbox.clear()
+        for request_id, mailbox in self._mailboxes.items():
+            lost = Unavailable(f"lost the decode worker at {self._address}: {problem}")
+            mailbox.put(Failed(request_id, lost))
+
+    async def _run(self) -> None:
+        try:
+            async with self._transport.attach(self._address) as session:
+                try:
+                    await self._pump(session)
+                except TandemError as error:
+                    self._break(str(error))
+                finally:
+                    # Before the session is left, which may take its time: nobody is to join a link that is gone.
+                    self._break("its token stream ended")
+        except TandemError as error:
+            self._break(str(error))
+        finally:
+            self._break("its token stream ended")
+
+    async def _pump(self, session: DecodeSession) -> None:
+        """Reads and writes until either ends; raises what it ended with."""
+        reader = asyncio.create_task(self._read(session))
+        writer = asyncio.create_task(self._write(session))
+        try:
+            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            results = await asyncio.gather(reader, writer, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _read(self, session: DecodeSession) -> None:
+        async for frame in session.frames():
+            for event in frame.events:
+                # A request that was left may still be in frames that were on their way.
+                mailbox = self._mailboxes.get(event.request_id)
+                if mailbox is not None:
+                    mailbox.put(event)
+
+    async def _write(self, session: DecodeSession) -> None:
+        while True:
+            while self._outbox:
+                await session.send(self._outbox.popleft())
+            self._has_mail.clear()
+            await self._has_mail.wait()

@@ -1,0 +1,115 @@
+"""What clients send to the gateway and see of it: plain frozen values that know neither gRPC nor HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.batch import Sampled
+from engine.request import FinishReason, Receipt
+from engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat. `role` is what the model's chat template knows: mostly system, user, assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """`prompt` is text, token ids or a chat. `request_id` is unique among running requests; "" asks the gateway for
+    one. `model` "" means the one that is served. `salt` separates tenants in the prefix cache. `deadline_s`: seconds
+    from arrival, None for the gateway's default."""
+
+    request_id: str
+    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    params: SamplingParams
+    model: str = ""
+    salt: bytes = b""
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens of choice `index`. `text` may be empty while a character or a stop string is still undecided."""
+
+    index: int
+    text: str
+    tokens: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer. `tokens` go up to and including the stop token, or the one that completed the stop string.
+    At most one of `matched_stop_str` and `matched_token_id` is set, and only when `finish_reason` is stop."""
+
+    index: int
+    text: str
+    tokens: tuple[Sampled, ...]
+    finish_reason: FinishReason
+    matched_stop_str: str | None = None
+    matched_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `completion_tokens` sums over all choices; `cached_tokens` are part of `prompt_tokens`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The last of a request's answers: every choice whole, in order of index."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is served, and its limits. `max_context` counts prompt and answer together, in tokens."""
+
+    name: str
+    vocab_size: int
+    max_context: int
+    architecture: str = ""
+    dtype: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    has_chat_template: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker as the gateway last heard of it. `fresh`: heard of recently enough to be given work."""
+
+    worker_id: str
+    role: str
+    address: str
+    incarnation: int
+    heartbeat_age_s: float
+    fresh: bool
+    draining: bool
+    running: int
+    waiting: int
+    queued_tokens: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The cluster as the gateway sees it at one moment; workers in order of role and id."""
+
+    model: str
+    workers: tuple[WorkerStatus, ...]
+    requests_running: int
+    requests_waiting: int
+    requests_finished: int

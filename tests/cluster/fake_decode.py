@@ -1,0 +1,124 @@
+"""A decode service in memory that says what it is told to, and a decorator to run tests on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from cluster.planning import virtual_loop
+from decode_worker.stream import Cancel, Command, DecodeSession, Delta, Done, Event, Submit, TokenFrame
+from engine.batch import Sampled
+from engine.errors import TandemError, Unavailable
+from engine.request import FinishReason, Receipt
+
+STEP_S = 0.01
+CACHED_TOKENS = 2
+WORKER_RECEIPT = Receipt(prefill_queue_s=0.5, prefill_s=0.25, kv_bytes=640, kv_bytes_before_first_token=480)
+
+
+def on_virtual_time(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test on the virtual loop; it fails when it leaves tasks behind, or waits for what cannot come."""
+
+    @functools.wraps(test)
+    def run(*args: object, **kwargs: object) -> None:
+        async def watched() -> None:
+            await test(*args, **kwargs)
+            await asyncio.sleep(0.001)
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, f"tasks were left behind: {left}"
+
+        virtual_loop.run(watched())
+
+    return run
+
+
+class FakeDecode:
+    """A DecodeTransport to workers that give every choice the same `answer`, one token per STEP_S.
+
+    The last token of `answer` ends a choice as a stop token when it is `eos`; else max_tokens does, or nothing.
+    """
+
+    def __init__(self, answer: Sequence[int] = (), eos: int | None = None) -> None:
+        self.answer = answer
+        self.eos = eos
+        self.submits: list[tuple[str, Submit]] = []
+        self.cancels: list[str] = []
+        self.running: set[str] = set()
+        self.down: set[str] = set()
+        self.attached: list[str] = []
+        self.error: TandemError | None = None
+        self.closed = False
+        self.sessions: dict[str, _FakeSession] = {}
+
+    @asynccontextmanager
+    async def attach(self, address: str) -> AsyncIterator[DecodeSession]:
+        await asyncio.sleep(STEP_S)
+        if address in self.down:
+            raise Unavailable(f"nobody listens at {address}")
+        session = self.sessions[address] = _FakeSession(self, address)
+        self.attached.append(address)
+        try:
+            yield session
+        finally:
+            del self.sessions[address]
+            await session.close()
+
+    def break_link(self, address: str, error: TandemError | None = None) -> None:
+        """Ends the token stream: with an error, or as if it had simply finished."""
+        self.sessions[address].outgoing.put_nowait(error)
+
+    def push(self, address: str, *events: Event) -> None:
+        self.sessions[address].outgoing.put_nowait(TokenFrame(0, events))
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class _FakeSession:
+    def __init__(self, fake: FakeDecode, address: str) -> None:
+        self._fake = fake
+        self._address = address
+        self.outgoing: asyncio.Queue[TokenFrame | TandemError | None] = asyncio.Queue()
+        self._runs: dict[str, asyncio.Task[None]] = {}
+
+    async def send(self, command: Command) -> None:
+        await asyncio.sleep(STEP_S / 10)
+        if isinstance(command, Cancel):
+            self._fake.cancels.append(command.request_id)
+            self._runs[command.request_id].cancel()
+        else:
+            self._fake.submits.append((self._address, command))
+            self._runs[command.request_id] = asyncio.create_task(self._run(command))
+
+    async def frames(self) -> AsyncIterator[TokenFrame]:
+        while isinstance(frame := await self.outgoing.get(), TokenFrame):
+            yield frame
+        if frame is not None:
+            raise frame
+
+    async def close(self) -> None:
+        for task in self._runs.values():
+            task.cancel()
+        await asyncio.gather(*self._runs.values(), return_exceptions=True)
+
+    async def _run(self, submit: Submit) -> None:
+        self._fake.running.add(submit.request_id)
+        try:
+            for position, token_id in enumerate(self._fake.answer[: submit.params.max_tokens]):
+                await asyncio.sleep(STEP_S)
+                is_eos = token_id == self._fake.eos
+                is_last = position + 1 == submit.params.max_tokens
+                reason = FinishReason.STOP if is_eos else FinishReason.LENGTH if is_last else None
+                events = [
+                    Delta(submit.request_id, choice, (Sampled(token_id),), reason, token_id if is_eos else None)
+                    for choice in range(submit.params.n)
+                ]
+                done = [Done(submit.request_id, CACHED_TOKENS, WORKER_RECEIPT)] if reason else []
+                self.outgoing.put_nowait(TokenFrame(position, (*events, *done)))
+                if reason:
+                    return
+            await asyncio.Event().wait()
+        finally:
+            self._fake.running.discard(submit.request_id)

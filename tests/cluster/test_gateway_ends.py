@@ -1,0 +1,151 @@
+"""Requests that end before their end: nothing is held anywhere afterwards, however it happened."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+
+from cluster.messages import Complete
+from decode_worker.stream import Failed
+from engine.errors import (
+    DeadlineExceeded,
+    TransferFailed,
+    Unavailable,
+)
+from engine.sampling import SamplingParams
+from tests.cluster.fake_decode import STEP_S, FakeDecode, on_virtual_time
+from tests.cluster.serving import (
+    ANSWER,
+    CONFIG,
+    REQUEST,
+    TO_THE_END,
+    collect,
+    serving,
+    start,
+)
+
+
+@pytest.mark.parametrize("chunk_count", [1, 3])
+@on_virtual_time
+async def test_closing_the_generator_cancels_the_request(chunk_count: int) -> None:
+    fake = FakeDecode(ANSWER)
+    async with serving(fake) as gateway:
+        async with aclosing(gateway.generate(REQUEST)) as parts:
+            for _ in range(chunk_count):
+                await anext(parts)
+        gateway.check_empty()
+        await asyncio.sleep(STEP_S)
+        assert fake.cancels == ["r#1"]
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.3 * STEP_S, 1.05 * STEP_S, 1.5 * STEP_S, 5 * STEP_S])
+@pytest.mark.parametrize("workers", [("p", "d"), ("p",)])
+@on_virtual_time
+async def test_cancelling_at_any_moment_frees_everything(after_s: float, workers: tuple[str, ...]) -> None:
+    fake = FakeDecode(ANSWER)
+    async with serving(fake, workers) as gateway:
+        tasks = [start(gateway, name) for name in "abc"]
+        await asyncio.sleep(after_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        gateway.check_empty()
+
+
+@on_virtual_time
+async def test_a_lost_worker_fails_its_requests_and_the_next_is_served() -> None:
+    fake = FakeDecode(ANSWER)
+    async with serving(fake) as gateway:
+        tasks = [start(gateway, name) for name in "ab"]
+        await asyncio.sleep(5 * STEP_S)
+        fake.break_link("d:1", Unavailable("connection reset"))
+        for task in tasks:
+            with pytest.raises(Unavailable, match="lost the decode worker at d:1: connection reset"):
+                await task
+        await collect(gateway, TO_THE_END)
+
+
+@on_virtual_time
+async def test_a_workers_error_reaches_the_client_as_it_is() -> None:
+    fake = FakeDecode()
+    async with serving(fake) as gateway:
+        task = start(gateway, "r")
+        await asyncio.sleep(5 * STEP_S)
+        fake.push("d:1", Failed("r#1", TransferFailed("the KV did not come")))
+        with pytest.raises(TransferFailed, match="the KV did not come"):
+            await task
+        # The worker has ended it by itself: no cancel is due. This fake does not know.
+        assert fake.cancels == []
+        fake.break_link("d:1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "workers", "running", "phase"),
+    [
+        ((), ("p", "d"), 2, "gateway queue"),
+        ((), ("p",), 0, "routing"),
+        ((), ("p", "d"), 0, "prefill"),
+        ((9, 9), ("p", "d"), 0, "decode"),
+    ],
+)
+@on_virtual_time
+async def test_a_deadline_names_the_phase_in_which_it_passed(
+    answer: tuple[int, ...], workers: tuple[str, ...], running: int, phase: str
+) -> None:
+    async with serving(FakeDecode(answer), workers) as gateway:
+        others = [start(gateway, f"other{index}") for index in range(running)]
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceeded, match=f"during {phase}$"):
+            await start(gateway, "r", deadline_s=2.0)
+        assert asyncio.get_running_loop().time() == 2.0
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others)
+
+
+@on_virtual_time
+async def test_a_slow_readers_own_time_is_not_interrupted_by_the_deadline() -> None:
+    async with serving(FakeDecode(ANSWER)) as gateway:
+        parts = []
+        async for part in gateway.generate(replace(TO_THE_END, deadline_s=1.0)):
+            parts.append(part)
+            await asyncio.sleep(3.0)
+    assert isinstance(parts[-1], Complete)
+
+
+@on_virtual_time
+async def test_no_deadline_at_all_is_possible() -> None:
+    fake = FakeDecode(ANSWER)
+    async with serving(fake, config=CONFIG.model_copy(update={"default_deadline_s": None})) as gateway:
+        await collect(gateway, TO_THE_END)
+    assert fake.submits[0][1].deadline_s is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+@on_virtual_time
+async def test_a_crowd_that_comes_and_goes_leaves_nothing_behind(seed: int) -> None:
+    rng = random.Random(seed)
+    fake = FakeDecode([*ANSWER, 0], eos=0)
+    config = CONFIG.model_copy(update={"max_running": 8, "max_waiting": 100})
+    async with serving(fake, ("p", "d0", "d1"), config) as gateway:
+        tasks = []
+        for number in range(60):
+            params = SamplingParams(n=rng.randint(1, 3), max_tokens=40, stop=rng.choice([(), ("two",)]))
+            tasks.append(start(gateway, f"r{number}", params=params, deadline_s=rng.choice([0.05, 10.0])))
+            await asyncio.sleep(rng.random() * 3 * STEP_S)
+            if rng.random() < 0.3:
+                rng.choice(tasks).cancel()
+            if rng.random() < 0.05 and fake.sessions:
+                fake.break_link(rng.choice(sorted(fake.sessions)))
+        await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled() and task.exception() is None:
+                _, complete = task.result()
+                assert all(choice.text in ("One, two, three.", "One, ") for choice in complete.choices)
+            elif not task.cancelled():
+                assert isinstance(task.exception(), DeadlineExceeded | Unavailable)
