@@ -54,7 +54,8 @@ class KVReceiver:
         is_tail = frame.num_blocks == 1 and frame.end_token == begin.prompt_tokens
         if not (frame.block_tokens == sender.block_size or (is_tail and frame.block_tokens < sender.block_size)):
             raise TransferFailed(f"frame of {frame.num_blocks} blocks of {frame.block_tokens} tokens does not fit")
-        if min(frame.num_blocks, frame.block_tokens, frame.num_layers) < 1 or frame.layers.stop > sender.num_layers:
+        is_empty = min(frame.num_blocks, frame.block_tokens, frame.num_layers) < 1
+        if is_empty or frame.first_layer < 0 or frame.layers.stop > sender.num_layers:
             raise TransferFailed(f"frame is empty or names layers {frame.layers} of {sender.num_layers}")
         inside = begin.first_token <= frame.first_token and frame.end_token <= begin.prompt_tokens
         if not inside or frame.first_token % sender.block_size:

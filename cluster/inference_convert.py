@@ -1,0 +1,120 @@
+"""The gateway's values to `tandem.v1.Inference` messages and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from tandem.v1 import inference_pb2
+
+from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, Message, ModelInfo
+from engine.batch import Sampled
+from engine.errors import InvalidArgument
+from kvtransfer.convert import params_from_proto, receipt_to_proto, sampled_to_proto
+
+
+def request_from_proto(
+    message: inference_pb2.GenerateRequest, request_id: str, deadline_s: float | None
+) -> GenerateRequest:
+    """Raises InvalidArgument where there is no prompt at all; the gateway checks the values."""
+    return GenerateRequest(
+        request_id=request_id,
+        prompt=_prompt_from_proto(message),
+        params=params_from_proto(message.sampling_params),
+        model=message.model,
+        salt=message.cache_salt.encode(),
+        deadline_s=deadline_s,
+    )
+
+
+def messages_from_proto(turns: inference_pb2.Messages) -> tuple[Message, ...]:
+    """Raises InvalidArgument for a conversation without a turn."""
+    if not turns.messages:
+        raise InvalidArgument("messages", [], "at least one message")
+    return tuple(Message(turn.role, turn.content) for turn in turns.messages)
+
+
+def chunk_to_proto(chunk: Chunk, with_logprobs: bool) -> inference_pb2.GenerateChunk:
+    return inference_pb2.GenerateChunk(
+        index=chunk.index,
+        text=chunk.text,
+        token_ids=_ids(chunk.tokens),
+        logprobs=_logprobs(chunk.tokens, with_logprobs),
+    )
+
+
+def complete_to_proto(complete: Complete, with_logprobs: bool) -> inference_pb2.GenerateComplete:
+    choices = [
+        inference_pb2.Choice(
+            index=choice.index,
+            text=choice.text,
+            token_ids=_ids(choice.tokens),
+            finish_reason=choice.finish_reason,
+            matched_stop_str=choice.matched_stop_str,
+            matched_token_id=choice.matched_token_id,
+            logprobs=_logprobs(choice.tokens, with_logprobs),
+        )
+        for choice in complete.choices
+    ]
+    usage = inference_pb2.Usage(**asdict(complete.usage))
+    return inference_pb2.GenerateComplete(choices=choices, usage=usage, receipt=receipt_to_proto(complete.receipt))
+
+
+def model_to_proto(model: ModelInfo) -> inference_pb2.GetModelResponse:
+    return inference_pb2.GetModelResponse(
+        model=model.name,
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_context=model.max_context,
+        eos_token_ids=model.eos_token_ids,
+        dtype=model.dtype,
+        has_chat_template=model.has_chat_template,
+    )
+
+
+def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
+    workers = [
+        inference_pb2.WorkerStatus(
+            worker_id=worker.worker_id,
+            role=worker.role,
+            address=worker.address,
+            incarnation=worker.incarnation,
+            heartbeat_age_s=worker.heartbeat_age_s,
+            fresh=worker.fresh,
+            running=worker.running,
+            waiting=worker.waiting,
+            queued_tokens=worker.queued_tokens,
+            blocks_total=worker.blocks_total,
+            blocks_free=worker.blocks_free,
+            blocks_cached=worker.blocks_cached,
+            steps=worker.steps,
+        )
+        for worker in status.workers
+    ]
+    return inference_pb2.GetStatusResponse(
+        model=status.model,
+        workers=workers,
+        requests_running=status.requests_running,
+        requests_waiting=status.requests_waiting,
+        requests_finished=status.requests_finished,
+    )
+
+
+def _prompt_from_proto(message: inference_pb2.GenerateRequest) -> str | tuple[int, ...] | tuple[Message, ...]:
+    match message.WhichOneof("input"):
+        case "text":
+            return message.text
+        case "token_ids":
+            return tuple(message.token_ids.ids)
+        case "messages":
+            return messages_from_proto(message.messages)
+        case _:
+            raise InvalidArgument("input", None, "one of text, token_ids and messages")
+
+
+def _ids(tokens: Sequence[Sampled]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def _logprobs(tokens: Sequence[Sampled], wanted: bool) -> list[inference_pb2.TokenLogprob]:
+    return [sampled_to_proto(token) for token in tokens] if wanted else []

@@ -1,0 +1,150 @@
+"""A gRPC server with what every Tandem server has: health, reflection, one mapping of errors, and sane limits.
+
+server = await start_server("127.0.0.1:0", [prefill_service(worker)])
+print(server.address)
+await server.stop(grace_s=5)
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from engine.errors import ConfigError
+from kvtransfer.rpc_channel import FLOW, KEEP_ALIVE, MAX_MESSAGE_BYTES, Flow, KeepAlive, common_options
+from kvtransfer.rpc_handlers import RpcHandlers
+
+MAX_CONCURRENT_CALLS = 4096
+# How long `stop` waits for handlers that were cancelled to have cleaned up.
+CLEANUP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RpcService:
+    """One service: its descriptor and a handler for each of its methods."""
+
+    descriptor: ServiceDescriptor
+    handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+
+    def __post_init__(self) -> None:
+        missing = {method.name for method in self.descriptor.methods} ^ set(self.handlers)
+        assert not missing, f"{self.descriptor.full_name}: handlers and methods differ in {missing}"
+
+    @property
+    def name(self) -> str:
+        return self.descriptor.full_name
+
+
+class RpcServer:
+    """A running server. Made by `start_server`."""
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        address: str,
+        names: Sequence[str],
+        health_servicer: health.HealthServicer,
+        handlers: RpcHandlers,
+    ) -> None:
+        self.address = address
+        self.service_names = tuple(names)
+        self._server = server
+        self._health = health_servicer
+        self._handlers = handlers
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    async def set_ready(self, ready: bool, service: str | None = None) -> None:
+        """What the health service says about `service`, or about all of them. "" (live) is not touched."""
+        names = self.service_names if service is None else (service,)
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in names:
+            assert name in self.service_names, f"{name} is not served here"
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Refuses new calls, lets running ones finish for `grace_s`, cancels the rest and waits for their cleanup."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s or None)
+        await self._handlers.drain(CLEANUP_S)
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        await self._server.wait_for_termination()
+
+
+async def start_server(
+    address: str,
+    services: Sequence[RpcService],
+    *,
+    ready: bool = True,
+    keepalive: KeepAlive = KEEP_ALIVE,
+    flow: Flow = FLOW,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_concurrent_calls: int = MAX_CONCURRENT_CALLS,
+) -> RpcServer:
+    """Serves `services` on `address` ("host:port", port 0 for any free one).
+
+    The standard health service answers SERVING for "" (live) and for each full service name (ready; NOT_SERVING until
+    `set_ready(True)` when `ready` is false). Raises ConfigError naming the address when it cannot be listened on.
+    """
+    host, port = _split(address)
+    handlers = RpcHandlers()
+    server = grpc.aio.server(
+        interceptors=[handlers],
+        options=[
+            *common_options(keepalive, max_message_bytes, flow),
+            # Without this a second server on a taken port would start, and get half of the calls.
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 400),
+        ],
+        maximum_concurrent_rpcs=max_concurrent_calls,
+    )
+    names = [service.name for service in services]
+    for service in services:
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, dict(service.handlers)),))
+    health_servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection(
+        [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
+    )
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: {_why_not(host, port)}") from error
+    await server.start()
+    running = RpcServer(server, f"{host}:{port}", names, health_servicer, handlers)
+    await running.set_ready(ready)
+    return running
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    # Checked here because gRPC takes a larger number modulo 65536.
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"cannot listen on {address!r}: expected host:port with a port in [0, 65535]")
+    return host, int(port)
+
+
+def _why_not(host: str, port: int) -> str:
+    """The operating system's words for why a port cannot be listened on; gRPC does not pass them on."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen(1)
+    except OSError as error:
+        return f"port {port}: {error.strerror}"
+    return f"port {port} is taken or not allowed"

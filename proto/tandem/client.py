@@ -1,0 +1,216 @@
+"""A client for a Tandem service. Needs grpcio and protobuf, and nothing else of Tandem.
+
+    import asyncio
+    from tandem.client import Client, GenerateChunk
+
+    async def main() -> None:
+        async with Client("127.0.0.1:50051") as client:
+            async for part in client.generate("The capital of France is", max_tokens=16, temperature=0):
+                if isinstance(part, GenerateChunk):
+                    print(part.text, end="", flush=True)
+                else:
+                    print("\\n", part.choices[0].finish_reason, part.usage.completion_tokens)
+
+            chat = [{"role": "user", "content": "Say hello in French."}]
+            print((await client.complete(chat, seed=1)).choices[0].text)
+
+    asyncio.run(main())
+
+Every method raises grpc.aio.AioRpcError; its `code()` says what kind of error it is and its `details()` name the field,
+the value and what would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self, TypedDict, Unpack
+
+import grpc.aio
+
+from tandem.v1.inference_pb2 import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    GenerateChunk,
+    GenerateComplete,
+    GenerateRequest,
+    GenerateResponse,
+    GetModelRequest,
+    GetModelResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    Message,
+    Messages,
+    SamplingParams,
+    TokenIds,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+
+__all__ = ["Client", "GenerateChunk", "GenerateComplete", "Prompt", "Sampling"]
+
+# Text, token ids, or a chat: mappings with "role" and "content".
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+# A whole answer with its log-probabilities may be larger than gRPC's default of 4 MiB.
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class Sampling(TypedDict, total=False):
+    """How to draw tokens; what is left out has the server's default. See SamplingParams in inference.proto."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    logprobs: int
+
+
+class Client:
+    """A connection to one service. Use it as an async context manager, in one event loop, by as many tasks as needed.
+
+    `timeout_s` is the deadline of calls that name none; None for no deadline.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float | None = None) -> None:
+        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        self._channel = grpc.aio.insecure_channel(address, options=limits)
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls that are still under way."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        model: str = "",
+        cache_salt: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[GenerateChunk | GenerateComplete, None]:
+        """Runs one request: chunks as tokens come, then one GenerateComplete. Closing the generator early
+        (`contextlib.aclosing`) cancels the request and frees all that it holds."""
+        method = self._channel.unary_stream(
+            "/tandem.v1.Inference/Generate",
+            request_serializer=GenerateRequest.SerializeToString,
+            response_deserializer=GenerateResponse.FromString,
+        )
+        request = GenerateRequest(
+            request_id=request_id,
+            model=model,
+            cache_salt=cache_salt,
+            sampling_params=SamplingParams(**sampling),
+            text=prompt if isinstance(prompt, str) else None,
+            token_ids=_token_ids(prompt),
+            messages=_messages(prompt),
+        )
+        call = method(request, timeout=self._timeout(timeout_s))
+        try:
+            async for response in call:
+                yield response.chunk if response.WhichOneof("response") == "chunk" else response.complete
+        finally:
+            call.cancel()
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        model: str = "",
+        cache_salt: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> GenerateComplete:
+        """Runs one request and gives its whole answer at once."""
+        last: GenerateChunk | GenerateComplete | None = None
+        parts = self.generate(
+            prompt, request_id=request_id, model=model, cache_salt=cache_salt, timeout_s=timeout_s, **sampling
+        )
+        async with aclosing(parts):
+            async for part in parts:
+                last = part
+        assert isinstance(last, GenerateComplete), "the server ended a stream without its last message"
+        return last
+
+    async def get_model(self) -> GetModelResponse:
+        """What is served, and its limits."""
+        method = self._channel.unary_unary(
+            "/tandem.v1.Inference/GetModel",
+            request_serializer=GetModelRequest.SerializeToString,
+            response_deserializer=GetModelResponse.FromString,
+        )
+        return await method(GetModelRequest(), timeout=self._timeout_s)
+
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids that `generate` would make of `prompt`."""
+        method = self._channel.unary_unary(
+            "/tandem.v1.Inference/Tokenize",
+            request_serializer=TokenizeRequest.SerializeToString,
+            response_deserializer=TokenizeResponse.FromString,
+        )
+        text = prompt if isinstance(prompt, str) else None
+        messages = None if isinstance(prompt, str) else _chat(prompt)
+        response = await method(TokenizeRequest(text=text, messages=messages), timeout=self._timeout_s)
+        return list(response.token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`."""
+        method = self._channel.unary_unary(
+            "/tandem.v1.Inference/Detokenize",
+            request_serializer=DetokenizeRequest.SerializeToString,
+            response_deserializer=DetokenizeResponse.FromString,
+        )
+        request = DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return (await method(request, timeout=self._timeout_s)).text
+
+    async def status(self) -> GetStatusResponse:
+        """The cluster as its gateway sees it now."""
+        method = self._channel.unary_unary(
+            "/tandem.v1.Inference/GetStatus",
+            request_serializer=GetStatusRequest.SerializeToString,
+            response_deserializer=GetStatusResponse.FromString,
+        )
+        return await method(GetStatusRequest(), timeout=self._timeout_s)
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+
+def _token_ids(prompt: Prompt) -> TokenIds | None:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        return None
+    return TokenIds(ids=[item for item in prompt if isinstance(item, int)])
+
+
+def _messages(prompt: Prompt) -> Messages | None:
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+        return None
+    return _chat([item for item in prompt if isinstance(item, Mapping)])
+
+
+def _chat(turns: Sequence[Mapping[str, str]]) -> Messages:
+    return Messages(messages=[Message(role=turn["role"], content=turn["content"]) for turn in turns])

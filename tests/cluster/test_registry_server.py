@@ -1,0 +1,77 @@
+"""Heartbeats over real gRPC."""
+
+import asyncio
+import random
+from functools import partial
+
+import pytest
+
+from cluster.heartbeat import report_forever
+from cluster.registry import Registry, WorkerReport
+from cluster.registry_server import registry_service, report_from_proto, report_to_proto, send_heartbeat
+from engine.errors import InvalidArgument, Unavailable
+from engine.stats import LoopStats
+from kvtransfer.rpc_channel import Channels
+from kvtransfer.rpc_server import start_server
+from tests.eventually import eventually
+
+STATS = LoopStats(3, 4, 5000, 64, 32, 16, 16, 1 << 40, 1234.5, 0.025, draining=True)
+REPORT = WorkerReport("d0", "decode", "10.0.0.1:7000", 1 << 60, "smollm2", STATS)
+
+
+def test_a_report_comes_out_as_it_went_in():
+    assert report_from_proto(report_to_proto(REPORT)) == REPORT
+
+
+async def test_a_heartbeat_reaches_the_registry_and_brings_the_interval_back():
+    registry = Registry(fresh_s=3, expire_s=60)
+
+    def take(report: WorkerReport) -> float:
+        registry.heartbeat(report, now=7.0)
+        return 0.25
+
+    server = await start_server("127.0.0.1:0", [registry_service(take)])
+    channels = Channels()
+    channel = channels.get(server.address)
+    assert await send_heartbeat(channel, REPORT) == 0.25
+    assert [worker.report for worker in registry.all(7.0)] == [REPORT]
+    with pytest.raises(InvalidArgument, match="role"):
+        await send_heartbeat(channel, WorkerReport("x", "cook", "a:1", 1, "smollm2", STATS))
+    await channels.close()
+    await server.stop()
+
+
+@pytest.mark.parametrize("interval_s", [0.0, -1.0, float("nan"), float("inf")])
+async def test_an_interval_that_makes_no_sense_is_an_error(interval_s):
+    server = await start_server("127.0.0.1:0", [registry_service(lambda report: interval_s)])
+    channels = Channels()
+    with pytest.raises(Unavailable):
+        await send_heartbeat(channels.get(server.address), REPORT)
+    await channels.close()
+    await server.stop()
+
+
+async def test_nobody_there_is_unavailable():
+    channels = Channels()
+    with pytest.raises(Unavailable):
+        await send_heartbeat(channels.get("127.0.0.1:1"), REPORT)
+    await channels.close()
+
+
+async def test_reports_go_on_until_cancelled():
+    heard: list[WorkerReport] = []
+
+    def take(report: WorkerReport) -> float:
+        heard.append(report)
+        return 0.05
+
+    server = await start_server("127.0.0.1:0", [registry_service(take)])
+    channels = Channels()
+    send = partial(send_heartbeat, channels.get(server.address))
+    reporting = asyncio.create_task(report_forever(lambda: REPORT, send, changed=asyncio.Event(), rng=random.Random(1)))
+    await eventually(lambda: len(heard) >= 3)
+    reporting.cancel()
+    await asyncio.wait([reporting])
+    await channels.close()
+    await server.stop()
+    assert heard[0] == REPORT
