@@ -1,0 +1,58 @@
+"""A prefill worker on gRPC: a thin adapter around any PrefillService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import cast
+
+import grpc
+import grpc.aio
+from tandem.v1 import prefill_pb2
+
+from kvtransfer.convert import layout_from_proto, params_from_proto
+from kvtransfer.frames import Frame
+from kvtransfer.grpc_transport import frame_to_message
+from kvtransfer.rpc_server import RpcService
+from kvtransfer.transport import PrefillCall, PrefillService
+
+DESCRIPTOR = prefill_pb2.DESCRIPTOR.services_by_name["PrefillWorker"]
+
+
+def prefill_service(service: PrefillService) -> RpcService:
+    """`tandem.v1.PrefillWorker` in front of `service`, to be handed to `start_server`.
+
+    The service's generator is asked for a frame only when gRPC has taken the last one. When the call ends, by the
+    client's cancel, its death or its deadline, the generator is closed at once, and its cleanup is waited for.
+    """
+
+    async def prefill(
+        request: prefill_pb2.PrefillRequest,
+        context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, Frame],
+    ) -> AsyncIterator[Frame]:
+        call = call_from_proto(request, context.time_remaining())
+        stream = cast(AsyncGenerator[Frame, None], service.prefill(call))
+        async with aclosing(stream) as frames:
+            async for frame in frames:
+                yield frame
+
+    handler = grpc.unary_stream_rpc_method_handler(
+        prefill,
+        request_deserializer=prefill_pb2.PrefillRequest.FromString,
+        response_serializer=frame_to_message,
+    )
+    return RpcService(DESCRIPTOR, {"Prefill": handler})
+
+
+def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | None) -> PrefillCall:
+    """`deadline_s`: what is left of the call's own deadline, None for no deadline."""
+    return PrefillCall(
+        request_id=request.request_id,
+        token_ids=tuple(request.token_ids),
+        params=params_from_proto(request.sampling_params),
+        seed=request.seed,
+        have_tokens=request.have_tokens,
+        layout=layout_from_proto(request.layout),
+        deadline_s=deadline_s,
+        salt=request.salt,
+    )
