@@ -11,5 +11,5 @@ def require_default_model() -> ModelFiles:
     """The default model's files; skips the test when they are not in the cache (`make test` fetches them first)."""
     path = cached_default()
     if path is None:
-        pytest.skip(f"the default model is not in {default_cache()}; run make model")
+        pytest.skip(f"the default model is not in {default_cache()}; make test fetches it")
     return ModelFiles("gguf", path)

@@ -46,7 +46,7 @@ def load_oracle(path: Path) -> Oracle:
 def main() -> None:
     path = cached_default()
     if path is None:
-        raise SystemExit("the default model is not in the cache; run make model")
+        raise SystemExit("the default model is not in the cache; make test fetches it")
     torch.set_num_threads(1)
     oracle = load_oracle(path)
     records = []

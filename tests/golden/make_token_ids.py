@@ -50,7 +50,7 @@ CHATS = (
 def main() -> None:
     path = cached_default()
     if path is None:
-        raise SystemExit("the default model is not in the cache; run make model")
+        raise SystemExit("the default model is not in the cache; make test fetches it")
     oracle = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     texts = [{"text": text, "token_ids": oracle.encode(text)} for text in TEXTS]
     chats = [

@@ -72,6 +72,7 @@ def test_only_a_tie_excuses_another_token() -> None:
 
 
 @pytest.mark.model
+@pytest.mark.timeout(900)  # Under a minute on two free cores; four when others keep them busy.
 @pytest.mark.asyncio(loop_scope="module")
 async def test_greedy_tokens_equal_transformers(engine: Engine) -> None:
     generator = Generator(engine.runner, frozenset(engine.model.eos_token_ids), engine.model.max_context)
