@@ -1,0 +1,79 @@
+"""A worker inside a Ray actor. Ray places it and starts it again; tokens and tensors never pass through Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import traceback
+from dataclasses import replace
+
+import ray.util
+import uvloop
+
+from cluster.config import TandemConfig, from_json
+from cluster.worker_spec import WorkerSpec
+from engine.errors import TandemError
+
+# How long a process that has crashed still lives, so that what it crashed with reaches the launcher.
+LAST_WORDS_S = 0.3
+
+
+class Crashed(Exception):
+    """The worker's loop has crashed; the process is about to end."""
+
+
+class WorkerActor:
+    """Runs one worker on an event loop of its own, in the thread that `run` is called in.
+
+    Ray calls methods of this actor from several threads (`max_concurrency`), so `stop` works while `run` runs.
+    """
+
+    def __init__(self, spec: WorkerSpec, config_json: str, is_remote: bool) -> None:
+        # Of this process, so larger after every restart.
+        self._incarnation = time.time_ns()
+        self._config = from_json(config_json)
+        host = str(ray.util.get_node_ip_address()) if is_remote else spec.host  # type: ignore[no-untyped-call]
+        self._spec = replace(spec, host=host)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def run(self) -> str:
+        """Runs the worker until `stop`. Returns "" then, and the error's text when it can never run.
+
+        A crash raises Crashed and ends the process right after, for Ray to start it again: a worker whose pool is
+        broken must not linger.
+        """
+
+        # Not a method: Ray would take a class with coroutines for an asyncio actor and call `run` in its own loop.
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._task = asyncio.current_task()
+            await _run_worker(self._spec, self._config, self._incarnation)
+
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve())
+        except asyncio.CancelledError:
+            return ""
+        except TandemError as error:
+            return str(error)
+        except BaseException as error:  # The top of a process: whatever it is, the process must not outlive it.
+            traceback.print_exc()
+            # Not sys.exit: in a thread that would end the thread only.
+            threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+            raise Crashed(f"{type(error).__name__}: {error}") from None
+        return ""
+
+    def stop(self) -> None:
+        """Asks the worker to drain and end; does not wait."""
+        if self._loop is not None and self._task is not None:
+            self._loop.call_soon_threadsafe(self._task.cancel)
+
+
+async def _run_worker(spec: WorkerSpec, config: TandemConfig, incarnation: int) -> None:
+    # Imported here, because the launcher imports this file and has no use for torch.
+    from cluster.worker_process import run_worker
+
+    await run_worker(spec, config, incarnation=incarnation)

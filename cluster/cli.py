@@ -1,0 +1,236 @@
+"""The command line: `tandem serve | generate | status | worker | demo | fetch`.
+
+Exit codes: 0 done; 2 a usage error or anything of the TandemError tree, with one line on stderr; 130 after Ctrl-C.
+What a command needs is imported inside it: torch, grpc and Ray take seconds, and `tandem --help` must not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from cluster.environment import quiet_libraries, read_environment
+from cluster.running import Stopped, run
+from engine.errors import ConfigError, TandemError
+
+ERROR_EXIT_CODE = 2
+DEFAULT_URL = "127.0.0.1:50051"
+
+app = typer.Typer(
+    name="tandem",
+    help="Serves large language models with prefill and decode on separate workers.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="F", help="YAML file with the configuration.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="M", help="The default model's name, a GGUF file, a Hugging Face folder or hub id."
+    ),
+]
+UrlOption = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="Where the service answers.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+PrefillOption = Annotated[int | None, typer.Option("--prefill", metavar="N", help="Number of prefill workers.")]
+DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="N", help="Number of decode workers.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="ray|none|HOST:PORT", help="A local Ray, plain processes, or an existing Ray cluster."
+    ),
+]
+
+
+class WorkerRole(StrEnum):
+    """Roles as the command line spells them."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@app.callback(invoke_without_command=True)
+def _tandem(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        print(f"tandem {version('tandem-serving')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    address: AddressOption = None,
+    grpc_port: Annotated[
+        int | None, typer.Option("--grpc-port", metavar="P", help="The gateway's port; 0: any free one.")
+    ] = None,
+) -> None:
+    """Starts a service: gateway, prefill and decode workers. Runs until Ctrl-C or SIGTERM."""
+    from cluster.config import load
+
+    flags = {"--model": model, "--prefill": prefill, "--decode": decode, "--address": address, "--grpc-port": grpc_port}
+    loaded = load(config, flags)
+
+    from cluster.command_serve import serve as keep_serving
+
+    try:
+        run(keep_serving(loaded))
+    except Stopped:
+        # A signal is how a service is meant to end.
+        raise typer.Exit from None
+
+
+@app.command()
+def generate(
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="A prompt.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="F.jsonl", help="Prompts, one JSON object a line.")
+    ] = None,
+    url: UrlOption = DEFAULT_URL,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Longest answer.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", metavar="T", help="0: greedy.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="S", help="Decides all random draws.")] = None,
+    as_json: JsonOption = False,
+    chat: Annotated[bool, typer.Option("--chat", help="TEXT is a chat message, not the beginning of a text.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="No service: the single-process reference.")] = False,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+) -> None:
+    """Answers a prompt, or a file of prompts sent all at once. --config and --model are for --local."""
+    from cluster.command_generate import generate as send_all
+    from cluster.command_generate import sampling_params
+    from cluster.prompt_file import from_text, read_prompt_file
+
+    if (text is None) == (file is None):
+        raise ConfigError(f"generate: got {'neither' if text is None else 'both'}, expected either TEXT or --file")
+    if not local and (config is not None or model is not None):
+        raise ConfigError("generate: --config and --model go with --local; a service has its own")
+    if chat and text is None:
+        raise ConfigError("generate: --chat goes with TEXT; in a file, use 'messages'")
+    params = sampling_params(max_tokens, temperature, seed)
+    lines = read_prompt_file(file) if file is not None else [from_text(text or "", is_chat=chat)]
+    if not local:
+        run(send_all(lines, url, params, as_json=as_json))
+        return
+
+    from cluster.command_generate import print_json, print_plain
+    from cluster.config import load
+    from cluster.local_generate import generate_locally
+
+    results = run(generate_locally(lines, params, load(config, {"--model": model}), _say))
+    if as_json:
+        for result in results:
+            print_json(result)
+    else:
+        print_plain(results)
+
+
+@app.command()
+def status(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
+    """Shows the workers, their load and their KV blocks."""
+    from cluster.command_status import status as show
+
+    run(show(url, as_json=as_json))
+
+
+@app.command()
+def worker(
+    role: Annotated[WorkerRole, typer.Argument(help="What the worker does.")],
+    gateway: Annotated[str, typer.Option("--gateway", metavar="HOST:PORT", help="The gateway it reports to.")],
+    host: Annotated[str, typer.Option("--host", help="Where it listens, and where others reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="P", min=0, max=65535, help="0: any free one.")] = 0,
+    worker_id: Annotated[str | None, typer.Option("--id", metavar="ID", help="Its name; <role>-<pid> if none.")] = None,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="End when stdin does.")] = False,
+) -> None:
+    """Runs one worker as a plain process, without Ray."""
+    incarnation = time.time_ns()
+    from cluster.config import load
+    from cluster.worker_spec import WorkerSpec
+
+    loaded = load(config, {"--model": model})
+    spec = WorkerSpec(role.value, worker_id or f"{role.value}-{os.getpid()}", gateway, host, port)
+
+    from cluster.command_worker import work
+
+    try:
+        run(work(spec, loaded, incarnation=incarnation, has_lifeline=lifeline))
+    except Stopped:
+        raise typer.Exit from None
+
+
+@app.command()
+def demo(model: ModelOption = None, address: AddressOption = None) -> None:
+    """Starts a service, streams three answers side by side, shows where the time went, and shuts down."""
+    from cluster.config import load
+
+    loaded = load(None, {"--model": model, "--address": address, "--grpc-port": 0})
+
+    from cluster.demo import show_demo
+
+    run(show_demo(loaded))
+
+
+@app.command()
+def fetch(model: ModelOption = None) -> None:
+    """Puts a model into the cache, so that nothing has to wait for it later, and prints where its files are."""
+    from cluster.config import load
+    from engine.model_source import resolve
+
+    print(resolve(load(None, {"--model": model}).engine.model, _say).path)
+
+
+def main() -> None:
+    """The program's entry."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit code."""
+    try:
+        quiet_libraries()
+        logging.basicConfig(level=read_environment().log_level, format="%(levelname)s %(name)s: %(message)s")
+        code = app(list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+    except TyperException as error:
+        return _fail(error.format_message())
+    except TandemError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # The reader of our output went away. Python would complain about that once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Stopped as stopped:
+        return stopped.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print("tandem: error: " + " ".join(message.split()), file=sys.stderr)
+    return ERROR_EXIT_CODE
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Configuration of the cluster: how many workers, and where they and the gateway run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class ClusterConfig(BaseModel):
+    """Workers, their place and their resources."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefill: int = Field(1, ge=0, le=1024, description="Prefill workers. With 0, decode workers compute the prompts.")
+    decode: int = Field(1, ge=1, le=1024, description="Decode workers.")
+    address: str = Field(
+        "ray",
+        description="ray: a local Ray, started for this service. HOST:PORT: an existing Ray cluster. "
+        "none: plain processes on this machine.",
+    )
+    grpc_host: str = Field(
+        "",
+        description="Where the gateway listens. Empty: 127.0.0.1, or on an existing Ray cluster this node's address. "
+        "There is no authentication: listen only where everybody may use the service.",
+    )
+    grpc_port: int = Field(50051, ge=0, le=65535, description="The gateway's port; 0: any free one.")
+    cpus_per_worker: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a worker's Ray bundle.")
+    gpus_per_worker: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPUs of a worker's Ray bundle. null: one each where the cluster has that many, else an equal "
+        "share of those there are.",
+    )
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Ray's strategy for the workers' bundles."
+    )
+    max_restarts: int = Field(3, ge=0, description="How often a worker that died is started again.")
+    start_timeout_s: float = Field(
+        300, gt=0, allow_inf_nan=False, description="How long all workers together may take until they report."
+    )
+    stop_timeout_s: float = Field(
+        10, gt=0, allow_inf_nan=False, description="How long running requests may go on at shutdown."
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _known_address(cls, value: str) -> str:
+        host, colon, port = value.rpartition(":")
+        is_host_port = bool(host and colon and port.isdecimal() and 0 < int(port) <= 65535)
+        if value not in ("ray", "none") and not is_host_port:
+            raise ValueError("ray, none, or HOST:PORT of an existing Ray cluster")
+        return value
+
+    @property
+    def is_remote(self) -> bool:
+        """True when workers may run on other machines."""
+        return self.address not in ("ray", "none")

@@ -1,0 +1,54 @@
+"""`tandem status`: the cluster as its gateway sees it."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+from tandem.client import Client
+from tandem.v1.inference_pb2 import GetStatusResponse, WorkerStatus
+
+from cluster.calls import plain, service_errors
+
+TIMEOUT_S = 10.0
+
+
+async def status(url: str, *, as_json: bool) -> None:
+    async with service_errors(url), Client(url, timeout_s=TIMEOUT_S) as client:
+        response = await client.status()
+    if as_json:
+        print(json.dumps(plain(response)))
+        return
+    console = Console(highlight=False)
+    console.print(status_table(response))
+    console.print(
+        f"{response.requests_running} running, {response.requests_waiting} waiting, "
+        f"{response.requests_finished} finished"
+    )
+
+
+def status_table(response: GetStatusResponse) -> Table:
+    """At most 80 columns wide with the worker names and addresses of one machine."""
+    table = Table(title=f"{response.model}: {len(response.workers)} workers", title_justify="left")
+    table.add_column("worker")
+    table.add_column("address")
+    for heading in ("run", "wait", "queued", "blocks used", "steps", "seen"):
+        table.add_column(heading, justify="right")
+    for worker in response.workers:
+        table.add_row(*_row(worker), style="" if worker.fresh else "red")
+    return table
+
+
+def _row(worker: WorkerStatus) -> tuple[str, ...]:
+    used = worker.blocks_total - worker.blocks_free
+    return (
+        worker.worker_id,
+        worker.address,
+        str(worker.running),
+        str(worker.waiting),
+        str(worker.queued_tokens),
+        f"{used}/{worker.blocks_total}",
+        str(worker.steps),
+        f"{worker.heartbeat_age_s:.1f} s",
+    )

@@ -1,0 +1,158 @@
+"""All of the configuration as one frozen value: YAML file, then command line flags, then checked.
+
+    engine:  {model: smollm2-135m-instruct, kv_cache_bytes: 536870912}
+    prefill: {token_budget: 512}
+    decode:  {max_batch: 64}
+    gateway: {max_running: 256}
+    cluster: {prefill: 1, decode: 1, address: ray}
+
+Every key may be left out. A key that does not exist, or a value that cannot be, is a ConfigError that names its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from cluster.cluster_config import ClusterConfig
+from cluster.gateway_config import GatewayConfig
+from decode_worker.config import DecodeConfig
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from prefill_worker.config import PrefillConfig
+
+# Command line flags and the keys that they stand for.
+FLAGS = {
+    "--model": "engine.model",
+    "--prefill": "cluster.prefill",
+    "--decode": "cluster.decode",
+    "--address": "cluster.address",
+    "--grpc-port": "cluster.grpc_port",
+}
+
+
+class TandemConfig(BaseModel):
+    """Everything that can be configured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: EngineConfig = EngineConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load(path: Path | None = None, flags: Mapping[str, object] | None = None) -> TandemConfig:
+    """The configuration of `path`, overridden by `flags` (see FLAGS; a value of None means not given).
+
+    Raises ConfigError, one line: the place (file and line, or flag), the key, the value and what would be right.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    text = "" if path is None else _read(path)
+    values = _parse(text, str(path))
+    for flag, value in given.items():
+        _put(values, FLAGS[flag].split("."), value, str(path))
+    try:
+        return TandemConfig.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(_describe(problems[0], text, str(path), given) + more) from None
+
+
+def from_json(text: str) -> TandemConfig:
+    """What `to_json` gave, in another process of the same service."""
+    return TandemConfig.model_validate_json(text)
+
+
+def to_json(config: TandemConfig) -> str:
+    """Text that `load` reads too: JSON is YAML."""
+    return config.model_dump_json()
+
+
+def known_keys(model: type[BaseModel] = TandemConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of the configuration, sections included, as dotted names."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{where}{line}: is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        sections = ", ".join(TandemConfig.model_fields)
+        raise ConfigError(f"{where}: got a {type(values).__name__}, expected a mapping with the sections {sections}")
+    return values
+
+
+def _put(values: dict[str, Any], keys: Sequence[str], value: object, where: str) -> None:
+    section = values.get(keys[0])
+    if section is None:
+        section = values[keys[0]] = {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: {keys[0]}: got {section!r}, expected a mapping")
+    section[keys[1]] = value
+
+
+def _describe(problem: ErrorDetails, text: str, where: str, flags: Mapping[str, object]) -> str:
+    keys = [str(part) for part in problem["loc"]]
+    key = ".".join(keys)
+    flag = next((flag for flag in flags if FLAGS[flag] == key), None)
+    place = flag or f"{where}{_line(text, keys)}: {key}"
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key, {_nearest(key)}"
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a mapping"
+    value = repr(problem["input"])
+    # A check across several keys is about their section, whose whole content would not help.
+    got = "" if isinstance(problem["input"], Mapping) else f"got {value if len(value) <= 80 else value[:77] + '...'}, "
+    return f"{place}: {got}expected: {message}"
+
+
+def _nearest(key: str) -> str:
+    """The known key that was probably meant: in the same section first, else one of that name in another."""
+    section, _, name = key.rpartition(".")
+    known = list(known_keys())
+    here = [other for other in known if other.rpartition(".")[0] == section]
+    names = {other.rpartition(".")[2]: other for other in (*known, *here)}
+    near = get_close_matches(key, here, 1) or [names[match] for match in get_close_matches(name, names, 1)]
+    return f"nearest known key: {near[0]}" if near else f"known here: {', '.join(here)}"
+
+
+def _line(text: str, keys: Sequence[str]) -> str:
+    """ ":<line>" of the last of `keys` that the file spells out, "" where it has none."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    line = ""
+    for key in keys:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        pair = next((pair for pair in node.value if pair[0].value == key), None)
+        if pair is None:
+            break
+        line, node = f":{pair[0].start_mark.line + 1}", pair[1]
+    return line

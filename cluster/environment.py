@@ -1,0 +1,75 @@
+"""The only place where environment variables are read, and where those of child processes are chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What Tandem takes from its environment. `log_level` is a level of the logging package."""
+
+    log_level: int = logging.WARNING
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Reads TANDEM_LOG_LEVEL. `variables` stands in for the process's own. Raises ConfigError."""
+    variables = os.environ if variables is None else variables
+    level = variables.get("TANDEM_LOG_LEVEL", "") or "warning"
+    if level.lower() not in LOG_LEVELS:
+        raise ConfigError(f"TANDEM_LOG_LEVEL: got {level!r}, expected one of {', '.join(LOG_LEVELS)}")
+    return Environment(logging.getLevelNamesMapping()[level.upper()])
+
+
+def quiet_libraries() -> None:
+    """Settings of libraries that read their own variables when they are loaded. What the user has set already stays."""
+    # Otherwise gRPC writes a line to stderr for every child process that is started beside it.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+
+def prepare_ray(*, is_local: bool) -> None:
+    """Settings of Ray, which it reads when it is first imported. `is_local`: for a Ray of our own.
+
+    The token keeps everybody else on this machine and its network from running code through Ray's open ports. It lives
+    in this process and its children only, never in a file. A cluster's own token is for its users to set.
+    """
+    # Ray writes what it has to say about a worker's death to our stdout; the launcher says it shorter.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    # Leaves CUDA_VISIBLE_DEVICES alone for workers without a GPU; Ray warns about its own default.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if is_local:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+def worker_variables(threads: int, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """OpenMP's settings for a worker process, to be set before torch is loaded. What the user has set already stays.
+
+    `threads` 0 means as many as this process may use cores.
+    """
+    variables = os.environ if variables is None else variables
+    settings = {
+        "OMP_NUM_THREADS": str(threads or usable_cores()),
+        # Prefill and decode share the cores: a thread that waits must not spin on one that the other could use.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    return {name: variables.get(name, value) for name, value in settings.items()}
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The whole environment of a worker that is a child of this process."""
+    return {**os.environ, **worker_variables(threads)}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container or under taskset are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,126 @@
+"""Workers as plain child processes of this one, on this machine: no Ray.
+
+    spawn ─▶ running ─ exit 2 ─▶ failed for good (its last line on stderr says why)
+      ▲         ├─ other exit ─▶ again, at most `max_restarts` times
+      └─────────┘
+
+Each child holds the reading end of a pipe whose writing end only this process has. However this process ends, the pipe
+closes, and the child with it: nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cluster.config import TandemConfig, to_json
+from cluster.environment import child_environment
+from cluster.fleet import Log
+from cluster.registry import Role
+from cluster.worker_spec import worker_names
+from engine.errors import ConfigError, TandemError, Unavailable
+
+USAGE_EXIT_CODE = 2
+RESTART_PAUSE_S = 0.5
+# After the workers' own time to finish what runs.
+KILL_AFTER_S = 5.0
+LINE_BYTES_MAX = 1 << 16
+# How the command line begins its one line about an error.
+ERROR_PREFIX = "tandem: error: "
+
+
+class ProcessFleet:
+    """Implements cluster.fleet.Fleet."""
+
+    def __init__(self, config: TandemConfig, log: Log) -> None:
+        self._config = config
+        self._log = log
+        self._folder = TemporaryDirectory(prefix="tandem-")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failure: TandemError | None = None
+
+    async def open(self) -> str:
+        return "127.0.0.1"
+
+    async def start(self, gateway: str) -> None:
+        path = Path(self._folder.name) / "config.json"
+        path.write_text(to_json(self._config), encoding="utf-8")
+        for role, worker_id in worker_names(self._config.cluster):
+            command = _command(role, worker_id, gateway, path)
+            self._tasks.append(asyncio.create_task(self._keep_running(worker_id, command), name=worker_id))
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._folder.cleanup()
+
+    async def _keep_running(self, worker_id: str, command: list[str]) -> None:
+        for restarts_left in range(self._config.cluster.max_restarts, -1, -1):
+            code, last_line = await self._run_once(worker_id, command)
+            if code == USAGE_EXIT_CODE:
+                self._failure = ConfigError(f"worker {worker_id}: {last_line}")
+                return
+            what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            then = f"starting it again ({restarts_left} more)" if restarts_left else "giving it up"
+            self._log(f"worker {worker_id} {what}; {then}")
+            await asyncio.sleep(RESTART_PAUSE_S)
+        self._failure = Unavailable(f"worker {worker_id} died too often: {last_line}")
+
+    async def _run_once(self, worker_id: str, command: list[str]) -> tuple[int, str]:
+        """Runs the worker to its end; returns its exit code and the last line it wrote to stderr."""
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=child_environment(self._config.engine.threads),
+            # Ctrl-C in the terminal is for this process, which then ends the workers in order.
+            start_new_session=True,
+            limit=LINE_BYTES_MAX,
+        )
+        try:
+            last_line = await self._relay(worker_id, process)
+            return await process.wait(), last_line
+        finally:
+            await _end(process, self._config.cluster.stop_timeout_s + KILL_AFTER_S)
+
+    async def _relay(self, worker_id: str, process: asyncio.subprocess.Process) -> str:
+        """Passes the worker's stderr on until it closes."""
+        assert process.stderr is not None, "stderr is a pipe"
+        last_line = "it said nothing"
+        while True:
+            try:
+                raw = await process.stderr.readline()
+            except ValueError:
+                continue  # A line longer than LINE_BYTES_MAX was dropped.
+            if not raw:
+                return last_line.removeprefix(ERROR_PREFIX)
+            line = raw.decode("utf-8", "replace").rstrip()
+            last_line = line or last_line
+            if line and not line.startswith(ERROR_PREFIX):
+                self._log(f"{worker_id}: {line}")
+
+
+def _command(role: Role, worker_id: str, gateway: str, config: Path) -> list[str]:
+    worker = [sys.executable, "-P", "-m", "cluster.cli", "worker", role, "--id", worker_id, "--gateway", gateway]
+    return [*worker, "--config", str(config), "--lifeline"]
+
+
+async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:
+    """Asks the process to stop, and kills it when it has not done so in time."""
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.communicate()
