@@ -229,6 +229,8 @@ class MemoryStream(Generic[Item]):
         # Once only: a second cancel would interrupt the generator's clean-up.
         if not self._pump_task.cancelling():
             self._pump_task.cancel()
+        if self._on_end is not None:
+            self._on_end()
 
     def _pump_ended(self, pump: asyncio.Task[None]) -> None:
         if not pump.cancelled() and (bug := pump.exception()) is not None:

@@ -22,6 +22,7 @@ from kvtransfer.rpc import abort_with
 
 # Longer than gRPC takes to cancel a handler whose client is gone; usually it is there at once.
 CANCEL_COMES_S = 1.0
+END_SETTLES_S = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -136,4 +137,11 @@ class _ParsedStream:
         return self
 
     async def __anext__(self) -> Any:  # noqa: ANN401
-        return _parsed(self._parse, await anext(self._requests))
+        try:
+            raw = await anext(self._requests)
+        except StopAsyncIteration:
+            # The end of the requests looks the same whether the client has no more of them or is gone; in that case
+            # the handler must be cancelled while it waits here, not while it already cleans up.
+            await asyncio.sleep(END_SETTLES_S)
+            raise
+        return _parsed(self._parse, raw)

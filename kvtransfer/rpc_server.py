@@ -26,6 +26,8 @@ from kvtransfer.rpc_handlers import RpcHandlers
 MAX_CONCURRENT_CALLS = 4096
 # How long `stop` waits for handlers that were cancelled to have cleaned up.
 CLEANUP_S = 10.0
+# The least grace: without any, gRPC breaks connections off, and their other ends print that as an error.
+FAREWELL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class RpcServer:
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuses new calls, lets running ones finish for `grace_s`, cancels the rest and waits for their cleanup."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s or None)
+        await self._server.stop(max(grace_s, FAREWELL_S))
         await self._handlers.drain(CLEANUP_S)
 
     async def wait(self) -> None:

@@ -1,0 +1,265 @@
+"""A whole cluster in one process on virtual time: the real gateway, router, registry, links and workers.
+
+    clients ─▶ Gateway ─▶ DecodeLinks ─(memory)─▶ DecodeWorker ×2 ─(memory)─▶ PrefillWorker ×2
+                  ▲ heartbeats ───────────────────────┴────────────────────────────┘
+
+Only what lies outside is emulated: the model, the wire and the clock. Everything random comes from one seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from cluster.gateway import Gateway
+from cluster.gateway_config import GatewayConfig, RouterConfig
+from cluster.heartbeat import report_forever
+from cluster.links import DecodeLinks
+from cluster.messages import ModelInfo
+from cluster.planning import virtual_loop
+from cluster.registry import Registry, Role, WorkerReport
+from decode_worker.config import DecodeConfig
+from decode_worker.memory import MemoryDecodeTransport
+from decode_worker.stream import DecodeService
+from decode_worker.worker import DecodeWorker
+from engine.batch import Batch, KVLayout, LayerListener, StepOutput
+from engine.emulated_runner import EmulatedRunner
+from engine.errors import TandemError
+from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
+from kvtransfer.transport import PrefillService
+from prefill_worker.config import PrefillConfig
+from prefill_worker.worker import PrefillWorker
+from tests.sim.traffic import EOS, MAX_CONTEXT, VOCAB, Client, check_client, draw_clients
+
+NUM_LAYERS = 4
+MODEL = "emulated"
+# Long after the last arrival everything must have finished: nobody waits for ever.
+PATIENCE_S = 300.0
+# How long after its end a request may still be computed: messages on their way, and steps under way on both workers.
+FREED_WITHIN_S = 0.25
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a seed draws for the cluster itself."""
+
+    prefill_block: int
+    decode_block: int
+    prefill_blocks: int
+    decode_blocks: int
+    token_budget: int
+    max_batch_prompts: int
+    max_transfers: int
+    max_batch: int
+    latency_s: float
+    bandwidth_bytes_s: float
+    window: int
+    allow_local: bool
+    prefill_known_after_s: float
+    prefix_cache: bool
+
+
+def draw_shape(rng: random.Random) -> Shape:
+    prefill_block, decode_block = rng.choice([8, 16]), rng.choice([4, 16, 16])
+    allow_local = rng.random() < 0.7
+    return Shape(
+        prefill_block=prefill_block,
+        decode_block=decode_block,
+        prefill_blocks=int(rng.choice([1.0, 1.5, 5]) * MAX_CONTEXT / prefill_block) + 1,
+        decode_blocks=int(rng.choice([1.0, 1.5, 2.5, 8]) * MAX_CONTEXT / decode_block) + 1,
+        token_budget=rng.choice([32, 100, 256]),
+        max_batch_prompts=rng.choice([1, 1, 3]),
+        max_transfers=rng.choice([2, 32]),
+        max_batch=rng.choice([3, 64, 64]),
+        latency_s=rng.choice([0.0, 0.0005, 0.01]),
+        bandwidth_bytes_s=rng.choice([1e6, 1e8, float("inf")]),
+        window=rng.choice([1, 4, 16]),
+        allow_local=allow_local,
+        # Until the gateway hears of prefill workers, decode workers compute the prompts themselves.
+        prefill_known_after_s=rng.choice([0.0, 0.0, 1.0, float("inf")]) if allow_local else 0.0,
+        prefix_cache=rng.random() < 0.8,
+    )
+
+
+class WatchedRunner(EmulatedRunner):
+    """Asserts at each step that nobody in it has been gone for long. Rows' names contain the requests' ids."""
+
+    clients: dict[str, Client]
+
+    async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
+        now = asyncio.get_running_loop().time()
+        for row in batch.rows:
+            found = re.search(r"q\d+", row.seq_id)
+            assert found, f"{row.seq_id} does not name its request"
+            client = self.clients[found.group()]
+            deadline_s = client.request.deadline_s
+            gone_s = [client.ended_s] if client.ended_s is not None else []
+            gone_s += [client.arrives_s + deadline_s] if deadline_s is not None else []
+            late = [now - gone for gone in gone_s if now - gone > FREED_WITHIN_S]
+            assert not late, f"{row.seq_id} is computed {max(late):.3f} s after its request was gone"
+        return await super().run(batch, on_layers)
+
+
+class World:
+    """One run. `steps` and the like are there to show that a run did something."""
+
+    def __init__(self, seed: int, requests: int, rate_s: float | None = None) -> None:
+        rng = random.Random(seed)
+        self.shape = draw_shape(rng)
+        self.clients = draw_clients(rng, requests, rate_s or rng.choice([5.0, 30.0, 100.0]))
+        self._rng = rng
+        self._by_id = {client.request.request_id: client for client in self.clients}
+        shape = self.shape
+        link = Link(shape.latency_s, shape.bandwidth_bytes_s, shape.window)
+        self.prefill_network: MemoryNetwork[PrefillService] = MemoryNetwork(link)
+        self.decode_network: MemoryNetwork[DecodeService] = MemoryNetwork(Link(shape.latency_s, window=shape.window))
+        self.prefills: dict[str, PrefillWorker] = {}
+        self.decodes: dict[str, DecodeWorker] = {}
+        self.oracle = self._runner(KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", 16, 1))
+
+    async def run(self) -> None:
+        """Serves every client, then checks that nothing is left anywhere."""
+        async with AsyncExitStack() as stack:
+            tasks = self._start_workers()
+            links = DecodeLinks(MemoryDecodeTransport(self.decode_network))
+            gateway = self._gateway(links)
+            tasks += self._start_heartbeats(gateway)
+            stack.push_async_callback(_stop, tasks)
+            stack.push_async_callback(links.close)
+            clients = asyncio.gather(*(self._serve(client, gateway) for client in self.clients))
+            # A worker's loop that dies takes the run with it, instead of leaving everybody waiting.
+            limit_s = self.clients[-1].arrives_s + PATIENCE_S
+            await asyncio.wait([clients, *tasks], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            waiting = [client.request.request_id for client in self.clients if client.ended_s is None]
+            assert clients.done(), f"{waiting} have not ended after {limit_s:.0f} s"
+            await clients
+            await asyncio.sleep(FREED_WITHIN_S)
+            self._check_empty(gateway)
+        assert not self.decode_network.open_streams(), "token streams are still open"
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left, f"tasks are left: {left}"
+
+    def check_clients(self) -> None:
+        # Handing an error back to the client takes no virtual time, so a deadline is met to the instant.
+        for client in self.clients:
+            check_client(client, self.oracle, late_s=1e-6)
+
+    def _check_empty(self, gateway: Gateway) -> None:
+        gateway.check_empty()
+        for worker in (*self.prefills.values(), *self.decodes.values()):
+            worker.check_empty()
+            stats = worker.stats()
+            assert stats.blocks_free == stats.blocks_total, f"{worker.worker_id} holds blocks"
+            assert (stats.running, stats.waiting, stats.queued_tokens) == (0, 0, 0), f"{worker.worker_id}: {stats}"
+        assert not self.prefill_network.open_streams(), "KV streams are still open"
+
+    async def _serve(self, client: Client, gateway: Gateway) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(client.arrives_s - loop.time())
+        client.arrives_s = loop.time()
+        limit = asyncio.timeout(client.cancel_after_s)
+        try:
+            async with limit:
+                async for part in gateway.generate(client.request):
+                    client.take(part)
+        except TandemError as error:
+            client.error = error
+        except TimeoutError:
+            assert limit.expired(), "a TimeoutError of the gateway's own"
+        client.ended_s = loop.time()
+
+    # ── building ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _runner(self, layout: KVLayout) -> WatchedRunner:
+        runner = WatchedRunner(layout, _step_s, layer_group=2, vocab_size=VOCAB, eos_token_id=EOS, eos_rate=0.01)
+        runner.clients = self._by_id
+        return runner
+
+    def _start_workers(self) -> list[asyncio.Task[None]]:
+        shape = self.shape
+        prefill_config = PrefillConfig(
+            token_budget=shape.token_budget, max_batch_prompts=shape.max_batch_prompts, max_frame_bytes=4096
+        )
+        decode_config = DecodeConfig(
+            max_batch=shape.max_batch, local_token_budget=shape.token_budget, max_transfers=shape.max_transfers
+        )
+        prefill_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.prefill_block, shape.prefill_blocks)
+        decode_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.decode_block, shape.decode_blocks)
+        for name in ("prefill-0", "prefill-1"):
+            runner = self._runner(prefill_layout)
+            worker = PrefillWorker(runner, prefill_config, worker_id=name, prefix_cache=shape.prefix_cache)
+            self.prefills[name] = worker
+            self.prefill_network.register(name, worker)
+        for name in ("decode-0", "decode-1"):
+            decode = DecodeWorker(
+                self._runner(decode_layout),
+                decode_config,
+                MemoryPrefillTransport(self.prefill_network),
+                worker_id=name,
+                eos_token_ids=frozenset({EOS}),
+                max_context=MAX_CONTEXT,
+                prefix_cache=shape.prefix_cache,
+            )
+            self.decodes[name] = decode
+            self.decode_network.register(name, decode)
+        workers = {**self.prefills, **self.decodes}
+        return [asyncio.create_task(worker.run(), name=name) for name, worker in workers.items()]
+
+    def _gateway(self, links: DecodeLinks) -> Gateway:
+        config = GatewayConfig(
+            default_deadline_s=None,
+            heartbeat_interval_s=0.2,
+            fresh_s=1.0,
+            router=RouterConfig(allow_local=self.shape.allow_local),
+        )
+        model = ModelInfo(MODEL, VOCAB, MAX_CONTEXT, eos_token_ids=(EOS,))
+        registry = Registry(config.fresh_s, config.expire_s)
+        return Gateway(None, model, registry, links, config, random.Random(self._rng.getrandbits(64)))
+
+    def _start_heartbeats(self, gateway: Gateway) -> list[asyncio.Task[None]]:
+        roles: list[tuple[Role, str, PrefillWorker | DecodeWorker]] = []
+        roles += [("prefill", name, worker) for name, worker in self.prefills.items()]
+        roles += [("decode", name, decode) for name, decode in self.decodes.items()]
+        return [asyncio.create_task(self._beat(gateway, *role), name=f"heartbeat of {role[1]}") for role in roles]
+
+    async def _beat(self, gateway: Gateway, role: Role, name: str, worker: PrefillWorker | DecodeWorker) -> None:
+        async def send(report: WorkerReport) -> float:
+            await asyncio.sleep(self.shape.latency_s)
+            return gateway.heartbeat(report)
+
+        def collect() -> WorkerReport:
+            return WorkerReport(name, role, name, 1, MODEL, worker.stats())
+
+        rng = random.Random(self._rng.getrandbits(64))
+        if role == "prefill":
+            await asyncio.sleep(self.shape.prefill_known_after_s)
+        await report_forever(collect, send, changed=asyncio.Event(), rng=rng)
+
+
+def simulate(seed: int, requests: int, rate_s: float | None = None) -> World:
+    """Runs one seed to its end and checks everything; every failure says which seed it was."""
+    world = World(seed, requests, rate_s)
+    try:
+        virtual_loop.run(world.run())
+        world.check_clients()
+    except BaseException as error:
+        error.add_note(f"seed {seed}, {requests} requests, {world.shape}")
+        raise
+    return world
+
+
+def _step_s(batch: Batch) -> float:
+    """Some seconds per step: a constant, the tokens computed, and the KV read."""
+    return 2e-3 + 5e-5 * batch.token_count + 2e-7 * sum(row.end for row in batch.rows)
+
+
+async def _stop(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
