@@ -220,7 +220,7 @@ class Arguments(argparse.Namespace):
 @dataclass(frozen=True, slots=True)
 class Model:
     info: ModelInfo
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
 
 async def run_phase(
