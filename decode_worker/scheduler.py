@@ -112,8 +112,11 @@ class DecodeScheduler:
         granted: list[Request] = []
         for request in self._reserving():
             missing = self._missing(request)
-            if not self._fits(missing) or self.pool.append(request.lead.owner, missing) is None:
+            appended = self.pool.append(request.lead.owner, missing) if self._fits(missing) else None
+            if appended is None:
                 break
+            # Received KV starts on a block's boundary: both sides' block sizes are powers of two.
+            assert not appended.copies, f"{request.key} would receive into a block that others read"
             request.move(RequestState.RECEIVING)
             granted.append(request)
         return granted

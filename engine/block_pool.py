@@ -152,6 +152,8 @@ class BlockPool:
         """Gives `child` the same blocks, by reference. Whoever appends first copies the shared tail."""
         assert child not in self._tables, f"{child} already has a table"
         source = self._tables[parent]
+        # Slots that are reserved but not written would be written by both.
+        assert source.filled == source.reserved, f"{parent} has {source.reserved - source.filled} unwritten slots"
         for block_id in source.block_ids:
             self._ref(block_id)
         self._tables[child] = _Table(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.batch import Runner
@@ -67,7 +67,7 @@ class KVSender:
         self._error = error
         self._wake.set()
 
-    async def frames(self) -> AsyncIterator[Frame]:
+    async def frames(self) -> AsyncGenerator[Frame, None]:
         """Frames in sending order. What is yielded counts as sent when the transport asks for the next one."""
         pending: Iterator[KVBlocks] = iter(())
         while True:

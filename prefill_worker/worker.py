@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,8 +71,9 @@ class PrefillWorker:
         if deadline is not None:
             timer = loop.call_at(deadline, sender.fail, DeadlineExceeded("prefill"))
         try:
-            async for frame in sender.frames():
-                yield frame
+            async with aclosing(sender.frames()) as frames:
+                async for frame in frames:
+                    yield frame
         finally:
             if timer is not None:
                 timer.cancel()
