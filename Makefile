@@ -5,6 +5,7 @@
 #   make test    format, lint, types, import directions and every test, in some minutes
 #   make check   the same without the tests
 #   make test-nightly   the long tests too
+#   make bench-first-token, bench-disconnect   the benchmarks of docs/performance.md
 #   make clean   removes what the others made
 
 PYTHON ?= python3
@@ -16,8 +17,11 @@ PACKAGES := kernels engine kvtransfer prefill_worker decode_worker cluster bench
 TORCH := torch==2.13.0
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+# Several processes share the cores: a thread that waits must not spin on one that another could use.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve test test-nightly check model clean install
+.PHONY: demo serve test test-nightly bench-first-token bench-disconnect check model clean install
 
 demo: $(INSTALLED)
 	@$(BIN)/tandem demo
@@ -36,6 +40,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench-first-token: model
+	$(BIN)/python -m bench.first_token $(BENCH_FLAGS)
+
+bench-disconnect: model
+	$(BIN)/python -m bench.disconnect $(BENCH_FLAGS)
 
 # The default model, so that no test has to wait for it; tests themselves never download anything.
 model: $(INSTALLED)
