@@ -38,6 +38,7 @@ class WorkerActor:
         self._spec = replace(spec, host=host)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     def run(self) -> str:
         """Runs the worker until `stop`. Returns "" then, and the error's text when it can never run.
@@ -50,7 +51,9 @@ class WorkerActor:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
             self._task = asyncio.current_task()
-            await _run_worker(self._spec, self._config, self._incarnation)
+            # After the two above: either `stop` finds them, or its flag is found here.
+            if not self._is_stopping:
+                await _run_worker(self._spec, self._config, self._incarnation)
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -68,6 +71,7 @@ class WorkerActor:
 
     def stop(self) -> None:
         """Asks the worker to drain and end; does not wait."""
+        self._is_stopping = True
         if self._loop is not None and self._task is not None:
             self._loop.call_soon_threadsafe(self._task.cancel)
 

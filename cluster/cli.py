@@ -20,6 +20,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cluster.environment import quiet_libraries, read_environment
+from cluster.host_port import require_host_port
 from cluster.running import Stopped, run
 from engine.errors import ConfigError, TandemError
 
@@ -118,6 +119,7 @@ def generate(
     from cluster.command_generate import sampling_params
     from cluster.prompt_file import from_text, read_prompt_file
 
+    require_host_port("--url", url)
     if (text is None) == (file is None):
         raise ConfigError(f"generate: got {'neither' if text is None else 'both'}, expected either TEXT or --file")
     if not local and (config is not None or model is not None):
@@ -147,7 +149,7 @@ def status(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """Shows the workers, their load and their KV blocks."""
     from cluster.command_status import status as show
 
-    run(show(url, as_json=as_json))
+    run(show(require_host_port("--url", url), as_json=as_json))
 
 
 @app.command()
@@ -166,7 +168,10 @@ def worker(
     from cluster.config import load
     from cluster.worker_spec import WorkerSpec
 
+    if worker_id == "":
+        raise ConfigError("--id: got '', expected a name of at least one character")
     loaded = load(config, {"--model": model})
+    require_host_port("--gateway", gateway)
     spec = WorkerSpec(role.value, worker_id or f"{role.value}-{os.getpid()}", gateway, host, port)
 
     from cluster.command_worker import work

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cluster.host_port import is_host_port
+
 
 class ClusterConfig(BaseModel):
     """Workers, their place and their resources."""
@@ -47,9 +49,7 @@ class ClusterConfig(BaseModel):
     @field_validator("address")
     @classmethod
     def _known_address(cls, value: str) -> str:
-        host, colon, port = value.rpartition(":")
-        is_host_port = bool(host and colon and port.isdecimal() and 0 < int(port) <= 65535)
-        if value not in ("ray", "none") and not is_host_port:
+        if value not in ("ray", "none") and not is_host_port(value):
             raise ValueError("ray, none, or HOST:PORT of an existing Ray cluster")
         return value
 

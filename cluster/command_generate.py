@@ -68,10 +68,13 @@ def raise_first(results: Sequence[Result]) -> None:
 async def _print_text(request: RunningRequest, line: PromptLine, *, with_title: bool) -> None:
     if with_title:
         print(_title(line))
+    is_empty = True
     async for chunk in request.chunks():
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
-    print(flush=True)
+        is_empty = False
+    if not is_empty:
+        print(flush=True)
 
 
 def _title(line: PromptLine) -> str:

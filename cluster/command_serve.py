@@ -18,7 +18,8 @@ DEFAULT_URL = "127.0.0.1:50051"
 
 async def serve(config: TandemConfig) -> None:
     """Never returns; cancelling it ends the service in good order."""
-    progress = Progress(Console(stderr=True))
+    # On stdout, so that stderr holds nothing but what went wrong.
+    progress = Progress(Console(highlight=False))
     async with running_service(config, progress) as service:
         model = service.gateway.model
         print(f"serving {model.name} at {service.address}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tandem.client import Client
@@ -30,9 +31,14 @@ async def status(url: str, *, as_json: bool) -> None:
 
 def status_table(response: GetStatusResponse) -> Table:
     """At most 80 columns wide with the worker names and addresses of one machine."""
-    table = Table(title=f"{response.model}: {len(response.workers)} workers", title_justify="left")
+    table = Table(
+        title=f"{response.model}: {len(response.workers)} workers",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("worker")
-    table.add_column("address")
+    table.add_column("address", no_wrap=True)
     for heading in ("run", "wait", "queued", "blocks used", "steps", "seen"):
         table.add_column(heading, justify="right")
     for worker in response.workers:

@@ -135,12 +135,15 @@ def _describe(problem: ErrorDetails, text: str, where: str, flags: Mapping[str, 
 
 
 def _nearest(key: str) -> str:
-    """The known key that was probably meant: in the same section first, else one of that name in another."""
+    """Names the known key that was probably meant, or all that could be."""
     section, _, name = key.rpartition(".")
-    known = list(known_keys())
-    here = [other for other in known if other.rpartition(".")[0] == section]
-    names = {other.rpartition(".")[2]: other for other in (*known, *here)}
-    near = get_close_matches(key, here, 1) or [names[match] for match in get_close_matches(name, names, 1)]
+    names: dict[str, list[str]] = {}
+    for known in known_keys():
+        names.setdefault(known.rpartition(".")[2], []).append(known)
+    here = [known for group in names.values() for known in group if known.rpartition(".")[0] == section]
+    # The right name in the wrong section, a misspelt one in this section, a misspelt one in another.
+    near = names.get(name) or get_close_matches(key, here, 1)
+    near = near or [known for match in get_close_matches(name, names, 1) for known in names[match]]
     return f"nearest known key: {near[0]}" if near else f"known here: {', '.join(here)}"
 
 

@@ -67,7 +67,7 @@ async def _stream(console: Console, address: str, lines: Sequence[PromptLine]) -
             return await _follow_all(requests, panes, printer.add, lambda pane: printer.end(pane.title, pane.status))
         screen = SideBySide(panes)
         with Live(screen, console=console, auto_refresh=False) as live:
-            ticker = asyncio.create_task(_refresh(live))
+            ticker = asyncio.create_task(_refresh(live, panes))
             try:
                 return await _follow_all(requests, panes, lambda title, text: None, lambda pane: None)
             finally:
@@ -98,7 +98,8 @@ async def _follow(
     first = ""
     tokens = 0
     async for chunk in request.chunks():
-        first = first or f"first {loop.time() - sent_s:.2f} s"
+        first = first or f"first {loop.time() - sent_s:.1f} s"
+        pane.is_waiting = False
         tokens += len(chunk.token_ids)
         pane.text += chunk.text
         pane.status = f"{first} · {tokens} tok"
@@ -109,8 +110,13 @@ async def _follow(
     return result
 
 
-async def _refresh(live: Live) -> None:
+async def _refresh(live: Live, panes: Sequence[Pane]) -> None:
+    loop = asyncio.get_running_loop()
+    start_s = loop.time()
     while True:
+        for pane in panes:
+            if pane.is_waiting:
+                pane.status = f"waiting {loop.time() - start_s:.1f} s"
         live.refresh()
         await asyncio.sleep(REFRESH_S)
 

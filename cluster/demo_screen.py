@@ -30,6 +30,7 @@ class Pane:
     prompt: str
     text: str = ""
     status: str = "sent"
+    is_waiting: bool = True
     color: str = "cyan"
 
 

@@ -31,7 +31,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 def quiet_libraries() -> None:
     """Settings of libraries that read their own variables when they are loaded. What the user has set already stays."""
-    # Otherwise gRPC writes a line to stderr for every child process that is started beside it.
+    # Otherwise gRPC writes to stderr what it also raises, and a line for every child process started beside it.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
@@ -43,6 +44,8 @@ def prepare_ray(*, is_local: bool) -> None:
     """
     # Ray writes what it has to say about a worker's death to our stdout; the launcher says it shorter.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    # Signals are for this program's own loop; Ray's handler would print a trace and abort while Ray starts.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     # Leaves CUDA_VISIBLE_DEVICES alone for workers without a GPU; Ray warns about its own default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if is_local:

@@ -32,7 +32,7 @@ from cluster.worker_spec import WorkerSpec, worker_names
 from engine.errors import ConfigError, TandemError, Unavailable
 
 CONNECT_TIMEOUT_S = 5.0
-# A Ray of our own has its resources at once; a cluster may have to start machines first.
+# For a Ray of our own, which has its resources at once; a cluster may have to start machines first.
 PLACE_LOCAL_S = 20.0
 # Nothing but a few small messages goes through Ray, so its object store stays near the least that it accepts.
 OBJECT_STORE_BYTES = 80 << 20
@@ -138,13 +138,18 @@ class RayFleet:
         cluster = self._config.cluster
         if not bundles[0]:
             raise ConfigError("cluster.cpus_per_worker: got 0, expected more than 0 where workers get no GPU")
+        too_many = ConfigError(
+            f"cluster: got {len(bundles)} workers of {bundles[0]} each ({cluster.placement}), expected no more than "
+            f"the Ray cluster can place: it has {_resources()}"
+        )
+        needed = {name: amount * len(bundles) for name, amount in bundles[0].items()}
+        # A Ray of our own never grows, so there is nothing to wait for.
+        if not cluster.is_remote and any(_resources().get(name, 0.0) < amount for name, amount in needed.items()):
+            raise too_many
         group: PlacementGroup = placement_group(bundles, strategy=cluster.placement)
         if not group.wait(cluster.start_timeout_s if cluster.is_remote else PLACE_LOCAL_S):
             remove_placement_group(group)
-            raise ConfigError(
-                f"cluster: got {len(bundles)} workers of {bundles[0]} each ({cluster.placement}), expected no more "
-                f"than the Ray cluster can place: it has {_resources()}"
-            )
+            raise too_many
         return group
 
     def _create(self, spec: WorkerSpec, group: PlacementGroup, index: int, bundle: dict[str, float]) -> Any:  # noqa: ANN401

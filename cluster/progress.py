@@ -12,7 +12,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 class Progress:
-    """Steps one after another. Writes to `console`, which is stderr's where stdout is for answers."""
+    """Steps one after another, written to `console`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

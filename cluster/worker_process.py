@@ -68,7 +68,7 @@ async def run_worker(
     name = served_name(config.engine.model, files)
     try:
         async with _worker(spec, config, engine) as (worker, service):
-            await _serve(spec, config, worker, service, name, incarnation, serving)
+            await serve_worker(spec, config, worker, service, name, incarnation, serving)
     finally:
         await engine.runner.close()
 
@@ -115,15 +115,16 @@ class _Reporter:
         return WorkerReport(self.spec.worker_id, self.spec.role, self.address, self.incarnation, self.model, stats)
 
 
-async def _serve(
+async def serve_worker(
     spec: WorkerSpec,
     config: TandemConfig,
     worker: Worker,
     service: RpcService,
     model: str,
     incarnation: int,
-    serving: Callable[[str], None] | None,
+    serving: Callable[[str], None] | None = None,
 ) -> None:
+    """Serves a worker that is loaded, until cancelled; then drains it. Raises what its loop crashed with."""
     server = await start_server(f"{spec.host}:{spec.port}", [service])
     if serving is not None:
         serving(server.address)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,16 +151,16 @@ def test_pages_name_commands_that_exist(page: Path) -> None:
         for module in re.findall(r"python -m (bench\.\w+)", line):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), line
         for command, rest in re.findall(r"tandem (serve|generate|status|worker|demo)\b([^|#]*)", line):
-            unknown = set(re.findall(r"(--[\w-]+)", rest)) - options_of(command, rest)
+            role = rest.split()[0] if command == "worker" else ""
+            unknown = set(re.findall(r"(--[\w-]+)", rest)) - options_of(f"{command} {role}".strip())
             assert not unknown, f"{line}: {command} has no {unknown}"
 
 
-def options_of(command: str, rest: str) -> set[str]:
-    role = rest.split()[0] if command == "worker" and rest.split() else None
-    words = [command, *([role] if role in ("prefill", "decode") else []), "--help"]
+@functools.cache
+def options_of(command: str) -> set[str]:
     script = "from cluster.cli import main; main()"
     path = os.pathsep.join((str(ROOT), str(ROOT / "proto")))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "NO_COLOR": "1"}
-    python = ROOT / ".venv" / "bin" / "python"
-    shown = subprocess.run([python, "-c", script, *words], capture_output=True, text=True, env=environment, check=True)
+    words = [sys.executable, "-c", script, *command.split(), "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     return set(re.findall(r"(--[\w-]+)", shown.stdout))

@@ -1,0 +1,119 @@
+"""The command line without a service: usage, mistakes, exit codes. `tests/e2e` runs it with one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tandem.v1.inference_pb2 import GetStatusResponse, Receipt, WorkerStatus
+
+from cluster.calls import plain
+from cluster.cli import run_command
+from cluster.command_serve import command_to_try
+
+NOBODY = "127.0.0.1:9"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command that must fail as a usage error does; returns the one line that it wrote."""
+    assert run_command(arguments) == 2
+    out, err = capsys.readouterr()
+    # A service says on stdout how far it came.
+    assert arguments[0] == "serve" or out == ""
+    assert err.startswith("tandem: error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("tandem: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serv"], "No such command 'serv'"),
+        (["serve", "--grpc-prot", "1"], "No such option"),
+        (["serve", "--grpc-port", "x"], "Invalid value for '--grpc-port'"),
+        (["serve", "--grpc-port", "70000"], "--grpc-port: got 70000, expected: less than or equal to 65535"),
+        (["serve", "--decode", "0"], "--decode: got 0"),
+        (["serve", "--address", "rai"], "--address: got 'rai', expected: ray, none, or HOST:PORT"),
+        (["serve", "--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster there"),
+        (["serve", "--config", "/none.yaml"], "/none.yaml: cannot be read: No such file"),
+        (["serve", "--model", "/none.gguf"], "model '/none.gguf' not found; known: "),
+        (["generate"], "got neither, expected either TEXT or --file"),
+        (["generate", "a", "--file", "b"], "got both, expected either TEXT or --file"),
+        (["generate", ""], "TEXT: got '', expected"),
+        (["generate", "--chat", "--file", "b"], "--chat goes with TEXT"),
+        (["generate", "a", "--model", "m"], "--config and --model go with --local"),
+        (["generate", "a", "--max-tokens", "-3"], "sampling_params.max_tokens: got -3, expected an integer in [1, "),
+        (["generate", "a", "--temperature", "nan"], "sampling_params.temperature: got nan, expected a number in [0, "),
+        (["generate", "a", "--temperature", "-1"], "sampling_params.temperature: got -1.0"),
+        (["generate", "a", "--seed", str(1 << 63)], "sampling_params.seed: got 9223372036854775808"),
+        (["generate", "--file", "/none.jsonl"], "--file /none.jsonl: cannot be read: No such file"),
+        (["generate", "a", "--url", NOBODY], f"--url {NOBODY}: no service answers there: "),
+        (["generate", "a", "--url", "here"], "--url: got 'here', expected HOST:PORT"),
+        (["generate", "a", "--local", "--model", "/none"], "model '/none' not found"),
+        (["status", "--url", NOBODY], f"--url {NOBODY}: no service answers there: "),
+        (["status", "--json", "--url", NOBODY], f"--url {NOBODY}: no service answers there: "),
+        (["worker"], "Missing argument"),
+        (["worker", "both", "--gateway", "h:1"], "Invalid value for"),
+        (["worker", "decode"], "Missing option '--gateway'"),
+        (["worker", "decode", "--gateway", "h"], "--gateway: got 'h', expected HOST:PORT"),
+        (["worker", "decode", "--gateway", "h:1", "--port", "-1"], "Invalid value for '--port'"),
+        (["worker", "decode", "--gateway", "h:1", "--id", ""], "--id: got '', expected"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, expected):
+    assert expected in fails(capsys, *arguments)
+
+
+def test_a_bad_line_is_found_before_anything_is_sent(capsys, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
+    assert fails(capsys, "generate", "--file", str(path), "--url", NOBODY).startswith(f"{path}:2: prompt: got 3")
+
+
+def test_a_failed_request_is_a_line_of_json_too(capsys):
+    assert run_command(["generate", "a", "--json", "--url", NOBODY]) == 2
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert answer["id"] == "0"
+    assert answer["error"]["type"] == "ConfigError"
+    assert err.count("\n") == 1
+
+
+def test_bad_environment(capsys, monkeypatch):
+    monkeypatch.setenv("TANDEM_LOG_LEVEL", "loud")
+    assert "TANDEM_LOG_LEVEL: got 'loud'" in fails(capsys, "status")
+
+
+def test_version_and_help(capsys):
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tandem 0.")
+    for arguments in ([], ["--help"]):
+        assert run_command(arguments) == 0
+        assert "generate" in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from cluster.cli import run_command; run_command(['--help']); "
+        "print(sorted({'torch', 'ray', 'grpc', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_command_to_try():
+    assert "--url" not in command_to_try("127.0.0.1:50051", has_chat=False)
+    command = command_to_try("127.0.0.1:1234", has_chat=True)
+    assert "generate 'What is the capital of France?' --chat --url 127.0.0.1:1234" in command
+
+
+def test_plain_keeps_defaults_and_large_numbers():
+    worker = WorkerStatus(worker_id="p", incarnation=1 << 60)
+    status = plain(GetStatusResponse(workers=[worker]))
+    assert status["workers"][0]["incarnation"] == 1 << 60
+    assert status["workers"][0]["fresh"] is False
+    assert status["requests_running"] == 0
+    assert set(plain(Receipt())) == {field.name for field in Receipt.DESCRIPTOR.fields}

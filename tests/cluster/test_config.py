@@ -1,0 +1,140 @@
+"""The configuration: composition, overrides, and what it says about mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import FLAGS, TandemConfig, from_json, known_keys, load, to_json
+from cluster.environment import read_environment, worker_variables
+from cluster.worker_spec import worker_names
+from engine.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "tandem.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def problem(path: Path | None, **flags: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, {f"--{name.replace('_', '-')}": value for name, value in flags.items()})
+    text = str(caught.value)
+    assert "\n" not in text
+    return text.replace(f"{path}", "FILE")
+
+
+def test_nothing_given_is_the_default():
+    assert load() == TandemConfig()
+
+
+def test_flags_override_the_file(file):
+    path = file("cluster:\n  prefill: 3\n  decode: 4\n")
+    config = load(path, {"--prefill": 2, "--decode": None})
+    assert (config.cluster.prefill, config.cluster.decode) == (2, 4)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "engine:\n", "engine: {}\n"])
+def test_empty_files_and_sections(file, text):
+    if text == "engine:\n":
+        assert "engine: got None, expected: a mapping" in problem(file(text))
+    else:
+        assert load(file(text)) == TandemConfig()
+
+
+def test_a_flag_fills_an_empty_section(file):
+    assert load(file("engine:\n"), {"--model": "m"}).engine.model == "m"
+
+
+def test_it_is_frozen_and_travels_as_json():
+    config = load(None, {"--model": "x.gguf", "--grpc-port": 0})
+    with pytest.raises(ValueError, match="frozen"):
+        config.engine.model = "y"
+    assert from_json(to_json(config)) == config
+
+
+def test_json_can_be_loaded_as_a_file(file):
+    config = load(None, {"--prefill": 5})
+    assert load(file(to_json(config))) == config
+
+
+def test_every_flag_has_a_key():
+    assert set(FLAGS.values()) <= set(known_keys())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prefil:\n  x: 1\n", "FILE:1: prefil: unknown key, nearest known key: prefill"),
+        (
+            "engine:\n  model: m\nprefill:\n  token_budgt: 1\n",
+            "FILE:4: prefill.token_budgt: unknown key, nearest known key: prefill.token_budget",
+        ),
+        # The right key in the wrong section.
+        ("engine:\n  max_batch: 1\n", "FILE:2: engine.max_batch: unknown key, nearest known key: decode.max_batch"),
+        (
+            "gateway:\n  router:\n    allow_locl: 1\n",
+            "FILE:3: gateway.router.allow_locl: unknown key, nearest known key: gateway.router.allow_local",
+        ),
+        ("zzz: 1\n", "FILE:1: zzz: unknown key, known here: engine, prefill, decode, gateway, cluster"),
+        ("decode:\n  max_batch: 0\n", "FILE:2: decode.max_batch: got 0, expected: greater than or equal to 1"),
+        ("engine: {block_size: 12}\n", "FILE:1: engine.block_size: got 12, expected: must be a power of two"),
+        ("engine: 7\n", "FILE:1: engine: got 7, expected: a mapping"),
+        (
+            "decode: {max_batch: 0}\nx: 1\n",
+            "FILE:1: decode.max_batch: got 0, expected: greater than or equal to 1 (and",
+        ),
+        ("gateway: {fresh_s: .nan}\n", "FILE:1: gateway.fresh_s: got nan, expected: a finite number"),
+        ("gateway: {fresh_s: 0.5}\n", "FILE:1: gateway: expected: heartbeat_interval_s must be less than fresh_s"),
+        ("cluster: {address: nowhere}\n", "FILE:1: cluster.address: got 'nowhere', expected: ray, none, or HOST:PORT"),
+        ("cluster: {address: 'h:99999'}\n", "FILE:1: cluster.address: got 'h:99999', expected: ray, none, or HOST:P"),
+        ("- 1\n", "FILE: got a list, expected a mapping with the sections engine, prefill"),
+        ("a: [\n", "FILE:2: is not YAML: "),
+        ("a: \x00\n", "FILE: is not YAML: "),
+        (b"a: \xff\n", "FILE: is not UTF-8 text: invalid start byte at byte 3"),
+    ],
+)
+def test_mistakes_in_the_file(file, text, expected):
+    assert problem(file(text)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"prefill": -1}, "--prefill: got -1, expected: greater than or equal to 0"),
+        ({"decode": 0}, "--decode: got 0, expected: greater than or equal to 1"),
+        ({"grpc_port": 65536}, "--grpc-port: got 65536, expected: less than or equal to 65535"),
+        ({"address": "ray:"}, "--address: got 'ray:', expected: ray, none, or HOST:PORT of an existing Ray cluster"),
+    ],
+)
+def test_mistakes_in_flags_name_the_flag(flags, expected):
+    assert problem(None, **flags) == expected
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert problem(tmp_path / "none.yaml") == "FILE: cannot be read: No such file or directory"
+    assert problem(tmp_path) == "FILE: cannot be read: Is a directory"
+
+
+def test_worker_names():
+    config = load(None, {"--prefill": 1, "--decode": 2}).cluster
+    assert worker_names(config) == [("prefill", "prefill-0"), ("decode", "decode-0"), ("decode", "decode-1")]
+
+
+def test_environment():
+    assert read_environment({}).log_level == 30
+    assert read_environment({"TANDEM_LOG_LEVEL": "INFO"}).log_level == 20
+    with pytest.raises(ConfigError, match="TANDEM_LOG_LEVEL: got 'loud', expected one of debug, info"):
+        read_environment({"TANDEM_LOG_LEVEL": "loud"})
+
+
+def test_worker_variables_respect_the_users_own():
+    assert worker_variables(3, {})["OMP_NUM_THREADS"] == "3"
+    assert int(worker_variables(0, {})["OMP_NUM_THREADS"]) >= 1
+    assert worker_variables(3, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"

@@ -1,0 +1,167 @@
+"""The service as plain processes, used as a user would: through the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.e2e.service import TANDEM, Served, error_of, eventually, is_alive, kill, serving, tandem
+from tests.golden.default_model import require_default_model
+
+pytestmark = [pytest.mark.model]
+GREEDY = ("--temperature", "0", "--max-tokens", "12")
+LINES = (
+    {"id": "text", "prompt": "The capital of France is"},
+    {"id": 2, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 5},
+    {"id": "ids", "token_ids": [504, 3575, 282, 4649, 314], "max_tokens": 1},
+    {"id": "long", "prompt": "One two three four five. " * 80, "max_tokens": 8},
+)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    require_default_model()
+    with serving(tmp_path_factory.mktemp("serve"), "--address", "none") as served:
+        yield served
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return str(path)
+
+
+def test_a_file_of_prompts(served: Served, prompts: str):
+    answers = served.generate("--file", prompts, *GREEDY)
+    assert [answer["id"] for answer in answers] == [line["id"] for line in LINES]
+    for answer, line in zip(answers, LINES, strict=True):
+        assert set(answer) == {"id", "text", "token_ids", "finish_reason", "usage", "receipt"}
+        assert 1 <= len(answer["token_ids"]) <= line.get("max_tokens", 12)
+        assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
+        receipt = answer["receipt"]
+        assert receipt["prefill_worker"] == "prefill-0"
+        assert receipt["decode_worker"] == "decode-0"
+        assert receipt["ttft_s"] > 0
+    assert answers[0]["text"].startswith(" Paris")
+    assert answers[2]["finish_reason"] == "length"
+    # What one process alone says.
+    local = tandem("generate", "--local", "--json", "--file", prompts, *GREEDY)
+    assert local.returncode == 0, local.stderr
+    expected = [json.loads(line) for line in local.stdout.splitlines()]
+    same = ("id", "text", "token_ids", "finish_reason")
+    assert [[answer[key] for key in same] for answer in answers] == [
+        [answer[key] for key in same] for answer in expected
+    ]
+
+
+def test_plain_text_is_the_same_text(served: Served):
+    arguments = ("The capital of France is", "--url", served.address, *GREEDY)
+    plain = tandem("generate", *arguments)
+    assert plain.returncode == 0
+    assert plain.stderr == ""
+    assert plain.stdout == served.generate(arguments[0], *GREEDY)[0]["text"] + "\n"
+
+
+def test_a_seed_decides(served: Served):
+    answers = [served.generate("Once upon a time", "--seed", "7", "--max-tokens", "10")[0] for _ in range(2)]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+
+
+def test_status(served: Served):
+    eventually(lambda: not served.status()["requests_running"], 5)
+    status = served.status()
+    assert status["model"] == "smollm2-135m-instruct"
+    assert {worker["worker_id"]: worker["role"] for worker in status["workers"]} == {
+        "decode-0": "decode",
+        "prefill-0": "prefill",
+    }
+    for worker in status["workers"]:
+        assert worker["fresh"]
+        assert worker["running"] == worker["waiting"] == 0
+        assert worker["blocks_free"] == worker["blocks_total"] > 0
+    table = tandem("status", "--url", served.address)
+    assert table.returncode == 0
+    assert "prefill-0" in table.stdout
+
+
+def test_health(served: Served):
+    with grpc.insecure_channel(served.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "tandem.v1.Inference"):
+            reply = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"prompt": "word " * 9000}, "at most 8"),
+        ({"token_ids": [49152]}, "token_ids: got 49152, expected a token id in [0, 49152)"),
+        ({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9000}, "max_tokens"),
+    ],
+)
+def test_what_the_service_refuses(served: Served, tmp_path, line, expected):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(line) + '\n{"id": "fine", "prompt": "Hello", "max_tokens": 1}\n')
+    result = tandem("generate", "--file", str(path), "--url", served.address, "--json")
+    assert expected in error_of(result)
+    failed, fine = (json.loads(text) for text in result.stdout.splitlines())
+    assert failed["error"]["type"] == "InvalidArgument"
+    assert fine["usage"]["completion_tokens"] == 1
+
+
+def test_a_taken_port(served: Served):
+    port = served.address.rpartition(":")[2]
+    error = error_of(tandem("serve", "--address", "none", "--grpc-port", port))
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "in use" in error
+
+
+def test_a_worker_started_by_hand_joins_and_leaves(served: Served, tmp_path):
+    config = served.log.parent / "tandem.yaml"
+    command = [*TANDEM, "worker", "prefill", "--gateway", served.address, "--id", "extra", "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        eventually(lambda: "extra" in served.workers(), 60)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "Traceback" not in stderr
+    # Not only silent: it said that it was leaving, and gets no work from then on.
+    assert next(worker for worker in served.status()["workers"] if worker["worker_id"] == "extra")
+    assert served.generate("Hello", *GREEDY)[0]["receipt"]["prefill_worker"] == "prefill-0"
+
+
+def test_a_killed_worker_is_started_again(served: Served):
+    before = served.workers()["decode-0"]["incarnation"]
+    kill([pid for pid, command in served.descendants().items() if "--id decode-0" in command])
+    eventually(lambda: served.workers().get("decode-0", {}).get("incarnation", 0) > before, 60)
+    assert served.generate("The capital of France is", *GREEDY)[0]["text"].startswith(" Paris")
+    assert "worker decode-0 was killed by signal 9; starting it again" in served.log.read_text()
+
+
+def test_shutdown_leaves_nothing(served: Served):
+    """The last test of the module's service."""
+    processes = served.descendants()
+    assert len(processes) == 2
+    assert served.stop() == 0
+    assert not [command for pid, command in processes.items() if is_alive(pid)]
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_workers_do_not_outlive_a_service_that_is_killed(tmp_path):
+    require_default_model()
+    with serving(tmp_path, "--address", "none", "--prefill", "0") as served:
+        processes = served.descendants()
+        assert len(processes) == 1
+        kill([served.process.pid])
+        served.process.wait()
+        for pid in processes:
+            eventually(lambda pid=pid: not is_alive(pid), 15)
