@@ -6,6 +6,9 @@ A job's life, and what it holds in the block pool:
     nothing     all blocks   all blocks, pinned for the stream that sends them
        └───────────┴──────────▶ (gone)    its stream was closed: cancel, deadline, a dead peer
 
+Every step runs chunks of the jobs with the least slack. A job with less slack than those that run starts at once and
+passes them, so a short question does not wait for a long document; waiting costs slack, so nobody starves.
+
 A job takes all blocks of its prompt when it starts, so a running job never waits for memory. When there are too few, it
 waits for streams to end: finished prompts whose KV is not yet pulled hold the pool, and that is the back-pressure.
 `depart` only notes who leaves; blocks go back in `schedule`, between steps.
@@ -24,6 +27,12 @@ from engine.errors import InvalidArgument, Overloaded
 from engine.slack_queue import SlackQueue
 from kvtransfer.transport import PrefillCall
 from prefill_worker.config import PrefillConfig
+
+# How long a prompt may take, queue and all, as a multiple of what it takes alone: equal patience per token means equal
+# slowdown for short and long prompts. A deadline that comes earlier counts instead.
+STRETCH = 10.0
+# What a prompt token takes, for comparing prompts with one another; an exact figure would not change their order much.
+TOKEN_S = 0.001
 
 
 class JobState(Enum):
@@ -50,6 +59,13 @@ class Job:
     cached: int = 0
     computed: int = 0
     started_s: float = 0.0
+
+    @property
+    def latest_start_s(self) -> float:
+        """When it would have to start alone to be in time: the least goes first."""
+        work_s = len(self.call.token_ids) * TOKEN_S
+        patient_s = self.arrived_s + STRETCH * work_s
+        return (patient_s if self.deadline_s is None else min(patient_s, self.deadline_s)) - work_s
 
     def move(self, state: JobState) -> None:
         assert (self.state, state) in LEGAL_MOVES, f"{self.key} cannot go from {self.state.name} to {state.name}"
@@ -115,7 +131,7 @@ class PrefillScheduler:
             raise InvalidArgument("prompt", f"{len(job.call.token_ids)} tokens", f"at most {limit} on this worker")
         if len(self._waiting) >= self._config.max_queued:
             raise Overloaded(f"{len(self._waiting)} prompts wait for prefill")
-        self._waiting.push(job.key, job, now, job.deadline_s)
+        self._waiting.push(job.key, job, now, job.latest_start_s)
 
     def depart(self, key: str) -> None:
         """The job's stream has ended, however: all it holds goes back at the next `schedule`."""
@@ -135,7 +151,8 @@ class PrefillScheduler:
         started = self._admit(now)
         budget = self._config.token_budget
         chunks: list[Chunk] = []
-        for job in self._running.values():
+        most_urgent = sorted(self._running.values(), key=lambda job: job.latest_start_s)
+        for job in most_urgent[: self._config.max_batch_prompts]:
             count = next_chunk(job.computed, len(job.call.token_ids), budget, self.pool.block_size)
             if count:
                 chunks.append(Chunk(job, job.computed, job.computed + count, self.pool.table(job.key)))
@@ -161,7 +178,7 @@ class PrefillScheduler:
 
     def _admit(self, now: float) -> tuple[Job, ...]:
         started: list[Job] = []
-        while len(self._running) < self._config.max_batch_prompts and (job := self._waiting.peek()) is not None:
+        while (job := self._waiting.peek()) is not None and self._is_wanted(job):
             job.cached = self.pool.new(job.key, job.call.token_ids, job.call.salt)
             if self.pool.append(job.key, len(job.call.token_ids) - job.cached) is None:
                 # No skipping ahead: a short prompt that overtook this one could keep it waiting for ever.
@@ -174,6 +191,11 @@ class PrefillScheduler:
             self._running[job.key] = job
             started.append(job)
         return tuple(started)
+
+    def _is_wanted(self, job: Job) -> bool:
+        """Whether a waiting job would get a chunk in the next step."""
+        ahead = sum(other.latest_start_s <= job.latest_start_s for other in self._running.values())
+        return ahead < self._config.max_batch_prompts
 
     @staticmethod
     def _row(chunk: Chunk) -> Row:

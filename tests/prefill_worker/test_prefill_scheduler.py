@@ -54,8 +54,8 @@ def test_a_second_prompt_gets_what_the_first_leaves_of_the_budget() -> None:
 def test_the_prompt_with_the_least_slack_goes_first() -> None:
     scheduler = make()
     scheduler.arrive(job("patient", 4, first=1), 0.0)
-    scheduler.arrive(job("late", 4, deadline_s=9.0, first=2), 0.0)
-    scheduler.arrive(job("urgent", 4, deadline_s=1.0, first=3), 0.0)
+    scheduler.arrive(job("late", 4, deadline_s=0.03, first=2), 0.0)
+    scheduler.arrive(job("urgent", 4, deadline_s=0.01, first=3), 0.0)
     order = []
     while (batch := scheduler.schedule(0.0)) is not None:
         order += [key for key, _, _ in spans(batch)]
@@ -63,14 +63,36 @@ def test_the_prompt_with_the_least_slack_goes_first() -> None:
     assert order == ["urgent", "late", "patient"]
 
 
+def test_a_short_prompt_passes_a_long_one_between_chunks() -> None:
+    scheduler = make(num_blocks=16)
+    scheduler.arrive(job("document", 40, first=1), 0.0)
+    first = scheduler.schedule(0.0)
+    assert first is not None
+    scheduler.arrive(job("question", 4, first=2), 0.01)
+    finish(scheduler, first)
+    second = scheduler.schedule(0.01)
+    assert spans(second) == [("question", 0, 4)]
+    assert second is not None
+    assert [done.job.key for done in finish(scheduler, second)] == ["question"]
+    assert spans(scheduler.schedule(0.02)) == [("document", 8, 16)]
+
+
+def test_a_long_prompt_that_has_waited_is_not_passed_any_more() -> None:
+    scheduler = make(num_blocks=16)
+    scheduler.arrive(job("document", 40, first=1), 0.0)
+    late = Job("question", call(4), 1.0, None)
+    scheduler.arrive(late, 1.0)
+    assert spans(scheduler.schedule(1.0)) == [("document", 0, 8)]
+
+
 def test_finished_prompts_hold_the_pool_until_their_streams_end() -> None:
     # 4 blocks: "a" takes 3 of them and keeps them when done, so "b" waits; nobody overtakes it.
     scheduler = make(num_blocks=4, token_budget=16)
     scheduler.arrive(job("a", 12, first=1), 0.0)
-    scheduler.arrive(job("b", 8, first=2), 0.0)
-    scheduler.arrive(job("c", 1, first=3), 0.0)
     batch = scheduler.schedule(0.0)
     assert batch is not None
+    scheduler.arrive(job("b", 8, first=2), 0.0)
+    scheduler.arrive(Job("c", call(1), 1.0, None), 1.0)
     finish(scheduler, batch)
     assert scheduler.schedule(0.0) is None
     scheduler.depart("a")
