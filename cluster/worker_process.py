@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from cluster.worker_spec import WorkerSpec
 from decode_worker.server import decode_service
 from decode_worker.worker import DecodeWorker
 from engine.engine import Engine, load_engine
+from engine.errors import TandemError
 from engine.model_source import Report, resolve, silent
 from engine.stats import LoopStats
 from kvtransfer.grpc_transport import GrpcPrefillTransport
@@ -34,6 +35,8 @@ from kvtransfer.rpc_server import RpcServer, RpcService, start_server
 from prefill_worker.server import prefill_service
 from prefill_worker.worker import PrefillWorker
 
+# How long a worker that leaves tries to tell its gateway.
+GOODBYE_S = 1.0
 # How often a worker that is draining looks whether it is done.
 DRAIN_POLL_S = 0.02
 # Streams that are only idle (health watchers, a gateway's token stream) are cut after this.
@@ -129,12 +132,11 @@ async def serve_worker(
     if serving is not None:
         serving(server.address)
     reporter = _Reporter(spec, f"{spec.reached_at or spec.host}:{server.port}", incarnation, model, worker)
-    changed = asyncio.Event()
     channels = Channels()
     send = partial(send_heartbeat, channels.get(spec.gateway))
     loop = asyncio.create_task(worker.run(), name=f"{spec.worker_id} loop")
     heart = asyncio.create_task(
-        report_forever(reporter.collect, send, changed=changed, rng=random.Random(incarnation)),
+        report_forever(reporter.collect, send, changed=asyncio.Event(), rng=random.Random(incarnation)),
         name=f"{spec.worker_id} heartbeats",
     )
     try:
@@ -144,11 +146,20 @@ async def serve_worker(
         raise AssertionError(f"{spec.worker_id}: the loop ended by itself")
     finally:
         reporter.draining = True
-        changed.set()
         await server.set_ready(False)
+        await _say_goodbye(send, reporter)
         if not loop.done():
             await _drain(worker, config.cluster.stop_timeout_s)
         await _close(server, [loop, heart], channels)
+
+
+async def _say_goodbye(send: Callable[[WorkerReport], Awaitable[float]], reporter: _Reporter) -> None:
+    """Tells the gateway of the draining and waits until it knows: from then on no request is sent here."""
+    try:
+        async with asyncio.timeout(GOODBYE_S):
+            await send(reporter.collect())
+    except (TandemError, TimeoutError) as error:
+        _log.info("the gateway was not told that %s leaves: %s", reporter.spec.worker_id, error)
 
 
 async def _drain(worker: Worker, timeout_s: float) -> None:

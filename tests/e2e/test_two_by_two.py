@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tandem.client import Client
 
-from cluster.cluster_config import ClusterConfig
-from cluster.config import TandemConfig
-from cluster.progress import Progress
-from cluster.service import running_service
-from engine.config import EngineConfig
+from tests.e2e.service import serving
 from tests.golden import snapshot
 from tests.golden.default_model import require_default_model
 
 # Of the golden answers' 48 tokens; the lengths mix.
 ANSWER_TOKENS = (3, 8, 16, 24)
 TIE = 1e-3
+CONFIG = """
+engine: {threads: 1, kv_cache_bytes: 268435456}
+cluster: {grpc_port: 0}
+"""
 
 pytestmark = [pytest.mark.model, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-async def test_64_requests_at_once() -> None:
+def test_64_requests_at_once(tmp_path: Path) -> None:
     require_default_model()
+    with serving(tmp_path, "--address", "ray", "--prefill", "2", "--decode", "2", config=CONFIG) as served:
+        asyncio.run(ask_all(served.address))
+        assert served.stop() == 0
+
+
+async def ask_all(address: str) -> None:
     goldens = snapshot.read()
-    config = TandemConfig(
-        engine=EngineConfig(threads=1, kv_cache_bytes=256 << 20),
-        cluster=ClusterConfig(prefill=2, decode=2, grpc_port=0),
-    )
-    async with (
-        running_service(config, Progress(Console(quiet=True))) as service,
-        Client(service.address, timeout_s=500) as client,
-    ):
+    async with Client(address, timeout_s=500) as client:
         answers = await asyncio.gather(*(ask(client, golden, index) for index, golden in enumerate(goldens)))
         for golden, (token_ids, _) in zip(goldens, answers, strict=True):
             assert_same_or_tie(golden, token_ids)
