@@ -16,7 +16,6 @@ waits for streams to end: finished prompts whose KV is not yet pulled hold the p
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -106,7 +105,7 @@ class PrefillScheduler:
         self.pool = pool
         self._config = config
         self._waiting: SlackQueue[Job] = SlackQueue()
-        self._running: OrderedDict[str, Job] = OrderedDict()
+        self._running: dict[str, Job] = {}
         self._done: dict[str, Job] = {}
         self._leaving: list[str] = []
 
