@@ -37,7 +37,7 @@ def command_to_try(address: str, *, has_chat: bool) -> str:
         command.append("--chat")
     if address != DEFAULT_URL:
         command += ["--url", address]
-    return shlex.join([*command, "--max-tokens", "40"])
+    return shlex.join([*command, "--temperature", "0", "--max-tokens", "40"])
 
 
 def _own_name() -> str:
