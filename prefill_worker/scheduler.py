@@ -60,11 +60,20 @@ class Job:
     started_s: float = 0.0
 
     @property
+    def work_s(self) -> float:
+        """What the prompt takes alone."""
+        return len(self.call.token_ids) * TOKEN_S
+
+    @property
+    def due_s(self) -> float:
+        """When its first token should be there: by its deadline, or when its patience ends."""
+        patient_s = self.arrived_s + STRETCH * self.work_s
+        return patient_s if self.deadline_s is None else min(patient_s, self.deadline_s)
+
+    @property
     def latest_start_s(self) -> float:
-        """When it would have to start alone to be in time: the least goes first."""
-        work_s = len(self.call.token_ids) * TOKEN_S
-        patient_s = self.arrived_s + STRETCH * work_s
-        return (patient_s if self.deadline_s is None else min(patient_s, self.deadline_s)) - work_s
+        """When it would have to start, alone, to be in time. The queue orders by the same."""
+        return self.due_s - self.work_s
 
     def move(self, state: JobState) -> None:
         assert (self.state, state) in LEGAL_MOVES, f"{self.key} cannot go from {self.state.name} to {state.name}"
@@ -130,7 +139,7 @@ class PrefillScheduler:
             raise InvalidArgument("prompt", f"{len(job.call.token_ids)} tokens", f"at most {limit} on this worker")
         if len(self._waiting) >= self._config.max_queued:
             raise Overloaded(f"{len(self._waiting)} prompts wait for prefill")
-        self._waiting.push(job.key, job, now, job.latest_start_s)
+        self._waiting.push(job.key, job, now, job.due_s, job.work_s)
 
     def depart(self, key: str) -> None:
         """The job's stream has ended, however: all it holds goes back at the next `schedule`."""
