@@ -22,6 +22,12 @@ class EngineConfig(BaseModel):
         "auto", description="Type of weights, activations and KV. auto: float32 on CPU, bfloat16 on GPU."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    weight_format: Literal["dense", "int8", "int4"] = Field(
+        "dense", description="dense: matrices in dtype. int8, int4: quantised while loading, in groups of 32; CPU only."
+    )
+    kernels: Literal["auto", "torch"] = Field(
+        "auto", description="auto: the fastest that run on the device. torch: plain torch, to compare with."
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads for the forward pass; 0: torch's choice.")
     block_size: int = Field(16, ge=1, le=256, description="Token slots in a KV block.")
     kv_cache_bytes: int = Field(

@@ -18,6 +18,7 @@ from engine.model_source import ModelFiles
 from engine.sampler import Sampler
 from engine.torch_runner import TorchRunner
 from engine.weights import Weights, load_weights, open_weights
+from kernels.choice import choose_kernels
 
 # Not part of what a model computes from the same tokens: two workers may differ in these.
 NOT_IN_FINGERPRINT = ("name", "max_context", "eos_token_ids")
@@ -57,9 +58,10 @@ def build_runner(
         block_size=config.block_size,
         num_blocks=num_blocks,
     )
+    kernels = choose_kernels(device, DTYPES[dtype], config.weight_format, config.kernels)
     return TorchRunner(
-        Model(model, weights),
-        KVCache(layout, device),
+        Model(model, weights, kernels),
+        KVCache(layout, device, kernels.ops),
         Sampler(model.vocab_size, model.eos_token_ids),
         device=device,
         layer_group=config.layer_group,

@@ -17,7 +17,7 @@ import torch
 from engine.batch import KVLayout
 from engine.errors import ConfigError, TransferFailed
 from engine.model_config import ModelConfig
-from kernels import ops
+from kernels.ops import Ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,8 +36,9 @@ def count_blocks(config: ModelConfig, kv_cache_bytes: int, block_size: int, dtyp
 class KVCache:
     """Bytes in and out by block id. Which block belongs to whom is the block pool's business."""
 
-    def __init__(self, layout: KVLayout, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, device: torch.device, ops: Ops) -> None:
         self.layout = layout
+        self._ops = ops
         shape = (layout.num_layers, layout.num_blocks, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
         dtype = DTYPES[layout.dtype]
         try:
@@ -49,7 +50,7 @@ class KVCache:
     def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> memoryview:
         """As `Runner.export_blocks` in engine/batch.py."""
         assert 0 < block_tokens <= self.layout.block_size, f"a block does not hold {block_tokens} tokens"
-        blocks = ops.gather_blocks(self.tensor, self._ids(block_ids), layers, block_tokens)
+        blocks = self._ops.gather_blocks(self.tensor, self._ids(block_ids), layers, block_tokens)
         # numpy has no bfloat16, and the wire wants bytes anyway.
         raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = blocks.flatten().view(torch.uint8).cpu().numpy()
         return raw.data
@@ -82,12 +83,12 @@ class KVCache:
         staging.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
         shape = (len(layers), block_count, 2, block_tokens, layout.num_kv_heads, layout.head_dim)
         blocks = staging.view(DTYPES[dtype]).view(shape).to(self.tensor.device)
-        ops.scatter_blocks(self.tensor, self._ids(block_ids), first_slot, layers, blocks)
+        self._ops.scatter_blocks(self.tensor, self._ids(block_ids), first_slot, layers, blocks)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks, (source, target), in all layers."""
         if pairs:
-            ops.copy_blocks(self.tensor, torch.tensor(pairs, dtype=torch.int64, device=self.tensor.device))
+            self._ops.copy_blocks(self.tensor, torch.tensor(pairs, dtype=torch.int64, device=self.tensor.device))
 
     def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
         assert all(0 <= block_id < self.layout.num_blocks for block_id in block_ids), "a block id outside the pool"

@@ -18,8 +18,10 @@ import torch.nn.functional as functional
 from engine.model_config import ModelConfig
 from engine.rope import rope_table
 from engine.weights import Weights
-from kernels import ops
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_variant import AttentionVariant
+from kernels.choice import Kernels
+from kernels.linear import Linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,12 +29,11 @@ class LayerWeights:
     """One layer, by the names and shapes that `engine/weights.py` lists."""
 
     attn_norm: torch.Tensor
-    qkv: torch.Tensor
-    o: torch.Tensor
+    qkv: Linear
+    o: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    qkv_bias: torch.Tensor | None = None
+    gate_up: Linear
+    down: Linear
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
 
@@ -42,15 +43,21 @@ Hidden = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Model:
-    """Holds weights and the table of rotary angles; keeps no state between calls."""
+    """Holds weights and the table of rotary angles; keeps no state between calls.
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    Takes the tensors out of `weights`: matrices are repacked one by one, and two copies of all would not fit.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self.config = config
+        self._ops = kernels.ops
         tensors = weights.tensors
-        self._embed, self._norm, self._head = tensors["embed"], tensors["norm"], tensors["head"]
-        self._layers = [_layer_weights(tensors, layer) for layer in range(config.num_layers)]
-        self._table = rope_table(config, self._embed.device, tensors.get("rope_factors"))
-        self._scale = config.head_dim**-0.5
+        self._embed, self._norm = tensors.pop("embed"), tensors.pop("norm")
+        self._head = kernels.pack(tensors.pop("head"), None)
+        self._layers = [_take_layer(tensors, layer, kernels) for layer in range(config.num_layers)]
+        self._table = rope_table(config, self._embed.device, tensors.pop("rope_factors", None))
+        scale = config.head_dim**-0.5
+        self._variants = [AttentionVariant(scale, config.window(layer)) for layer in range(config.num_layers)]
 
     def embed(self, token_ids: torch.Tensor) -> Hidden:
         """token_ids [tokens] int64 → [tokens, hidden]."""
@@ -69,34 +76,43 @@ class Model:
         """Logits [n, vocab] in float32 at `tokens` [n], indices into the batch."""
         output, residual = hidden
         picked = None if residual is None else residual.index_select(0, tokens)
-        normed, _ = ops.rms_norm(output.index_select(0, tokens), self._norm, self.config.rms_norm_eps, picked)
-        return functional.linear(normed, self._head).float()
+        normed, _ = self._ops.rms_norm(output.index_select(0, tokens), self._norm, self.config.rms_norm_eps, picked)
+        return self._head(normed).float()
 
     def _layer(self, hidden: Hidden, layer: int, batch: AttentionBatch, kv_layer: torch.Tensor) -> Hidden:
-        weights, eps = self._layers[layer], self.config.rms_norm_eps
+        ops, weights, eps = self._ops, self._layers[layer], self.config.rms_norm_eps
         normed, residual = ops.rms_norm(hidden[0], weights.attn_norm, eps, hidden[1])
-        q, k, v = self._qkv(normed, weights, batch)
-        ops.store_kv(k, v, kv_layer, batch.slots)
-        attended, _ = ops.paged_attention(q, k, v, kv_layer, batch, self._scale, self.config.window(layer))
-        output = functional.linear(attended.flatten(1), weights.o)
-        normed, residual = ops.rms_norm(output, weights.mlp_norm, eps, residual)
-        output = functional.linear(ops.silu_mul(functional.linear(normed, weights.gate_up)), weights.down)
-        return output, residual
+        q, k, v = self._qkv(normed, weights)
+        q = ops.rope_store(q, k, v, batch.positions, self._table, kv_layer, batch.slots)
+        attended, _ = ops.paged_attention(q, kv_layer, batch, self._variants[layer])
+        normed, residual = ops.rms_norm(weights.o(attended.flatten(1)), weights.mlp_norm, eps, residual)
+        return weights.down(ops.silu_mul(weights.gate_up(normed))), residual
 
-    def _qkv(
-        self, normed: torch.Tensor, weights: LayerWeights, batch: AttentionBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], q and k rotated."""
+    def _qkv(self, normed: torch.Tensor, weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], not rotated yet."""
         config = self.config
-        heads = functional.linear(normed, weights.qkv, weights.qkv_bias).view(normed.shape[0], -1, config.head_dim)
+        heads = weights.qkv(normed).view(normed.shape[0], -1, config.head_dim)
         q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if weights.q_norm is not None and weights.k_norm is not None:
-            q, _ = ops.rms_norm(q, weights.q_norm, config.rms_norm_eps)
-            k, _ = ops.rms_norm(k, weights.k_norm, config.rms_norm_eps)
-        q, k = ops.rope(q, k, batch.positions, self._table)
+            q, _ = self._ops.rms_norm(q, weights.q_norm, config.rms_norm_eps)
+            k, _ = self._ops.rms_norm(k, weights.k_norm, config.rms_norm_eps)
         return q, k, v
 
 
-def _layer_weights(tensors: dict[str, torch.Tensor], layer: int) -> LayerWeights:
-    prefix = f"layers.{layer}."
-    return LayerWeights(**{key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)})
+def _take_layer(tensors: dict[str, torch.Tensor], layer: int, kernels: Kernels) -> LayerWeights:
+    def take(key: str) -> torch.Tensor | None:
+        return tensors.pop(f"layers.{layer}.{key}", None)
+
+    def pack(key: str) -> Linear:
+        return kernels.pack(tensors.pop(f"layers.{layer}.{key}"), take(f"{key}_bias"))
+
+    return LayerWeights(
+        attn_norm=tensors.pop(f"layers.{layer}.attn_norm"),
+        qkv=pack("qkv"),
+        o=pack("o"),
+        mlp_norm=tensors.pop(f"layers.{layer}.mlp_norm"),
+        gate_up=pack("gate_up"),
+        down=pack("down"),
+        q_norm=take("q_norm"),
+        k_norm=take("k_norm"),
+    )

@@ -10,6 +10,7 @@ import math
 import torch
 
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_variant import AttentionVariant
 
 
 def rms_norm(
@@ -22,20 +23,33 @@ def rms_norm(
     return x / torch.sqrt(mean_square + eps) * weight, x
 
 
-def rope(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
     """Pair i of a head is its elements i and i + head_dim / 2, turned by the angle of position and i."""
+    block_size = kv_layer.shape[2]
+    rotated_q, rotated_k = _rotate(q, positions, table), _rotate(k, positions, table)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            kv_layer[slot // block_size, 0, slot % block_size] = rotated_k[token].to(kv_layer.dtype)
+            kv_layer[slot // block_size, 1, slot % block_size] = v[token].to(kv_layer.dtype)
+    return rotated_q
+
+
+def _rotate(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     half = table.shape[1] // 2
-    rotated = []
-    for x in (q, k):
-        out = torch.empty_like(x)
-        for token, position in enumerate(positions.tolist()):
-            cos, sin = table[position, :half].to(x.dtype), table[position, half:].to(x.dtype)
-            out[token, :, :half] = x[token, :, :half] * cos - x[token, :, half:] * sin
-            out[token, :, half:] = x[token, :, half:] * cos + x[token, :, :half] * sin
-        rotated.append(out)
-    return rotated[0], rotated[1]
+    out = torch.empty(x.shape, dtype=x.dtype)
+    for token, position in enumerate(positions.tolist()):
+        cos, sin = table[position, :half].to(x.dtype), table[position, half:].to(x.dtype)
+        out[token, :, :half] = x[token, :, :half] * cos - x[token, :, half:] * sin
+        out[token, :, half:] = x[token, :, half:] * cos + x[token, :, :half] * sin
+    return out
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -45,39 +59,36 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, kv_layer: torch.Tensor, slots: torch.Tensor) -> None:
-    block_size = kv_layer.shape[2]
-    for token, slot in enumerate(slots.tolist()):
-        kv_layer[slot // block_size, 0, slot % block_size] = k[token]
-        kv_layer[slot // block_size, 1, slot % block_size] = v[token]
-
-
 def paged_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_layer: torch.Tensor,
-    batch: AttentionBatch,
-    scale: float,
-    window: int | None = None,
+    q: torch.Tensor, kv_layer: torch.Tensor, batch: AttentionBatch, variant: AttentionVariant
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads all keys and values from the cache, the new ones too. `k` gives the number of KV heads, `v` nothing."""
-    block_size, group = kv_layer.shape[2], q.shape[1] // k.shape[1]
-    output = torch.empty_like(q)
-    lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    block_size, group = kv_layer.shape[2], q.shape[1] // kv_layer.shape[3]
+    output = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
     for row, table in enumerate(batch.block_tables.tolist()):
         first_token, end_token = batch.query_starts[row : row + 2].tolist()
         for token in range(first_token, end_token):
             position = int(batch.context_lengths[row]) - (end_token - token)
-            oldest = 0 if window is None else max(0, position + 1 - window)
-            seen = [(table[place // block_size], place % block_size) for place in range(oldest, position + 1)]
+            seen = [
+                (table[j // block_size], j % block_size) for j in range(position + 1) if _sees(position, j, variant)
+            ]
+            if not seen:
+                continue
             keys = torch.stack([kv_layer[block, 0, slot] for block, slot in seen]).to(q.dtype)
             values = torch.stack([kv_layer[block, 1, slot] for block, slot in seen]).to(q.dtype)
             for head in range(q.shape[1]):
-                scores = keys[:, head // group] @ q[token, head] * scale
-                output[token, head] = torch.softmax(scores, 0) @ values[:, head // group]
+                scores = keys[:, head // group] @ q[token, head] * variant.scale
+                if variant.soft_cap is not None:
+                    scores = variant.soft_cap * torch.tanh(scores / variant.soft_cap)
+                if variant.sink_logits is not None:
+                    scores = torch.cat((scores, variant.sink_logits[head : head + 1].to(q.dtype)))
+                output[token, head] = torch.softmax(scores, 0)[: len(seen)] @ values[:, head // group]
                 lse[token, head] = torch.logsumexp(scores.to(lse.dtype), 0)
     return output, lse
+
+
+def _sees(position: int, key: int, variant: AttentionVariant) -> bool:
+    return variant.window is None or key > position - variant.window or key < variant.sink_tokens
 
 
 def copy_blocks(kv: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from engine.batch import KVLayout
 from engine.errors import ConfigError, TransferFailed
 from engine.kv_cache import DTYPES, KVCache, count_blocks
 from engine.model_config import from_hf
+from kernels import torch_ops
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout("m", num_layers=3, num_kv_heads=2, head_dim=5, dtype="float32", block_size=4, num_blocks=8)
@@ -19,7 +20,7 @@ LAYERS = range(1, 3)
 
 def stamped(layout: KVLayout, first_token: int, block_ids: list[int], tokens: int) -> KVCache:
     """A cache whose `tokens` in `block_ids` hold numbers that say layer, half, token, head and element."""
-    cache = KVCache(layout, CPU)
+    cache = KVCache(layout, CPU, torch_ops)
     cache.tensor.fill_(-1)
     for index in range(tokens):
         block, slot = block_ids[index // layout.block_size], index % layout.block_size
@@ -44,7 +45,7 @@ def test_whole_blocks_arrive_in_other_layouts(dtype: str, target_dtype: str, tar
     target_layout = replace(LAYOUT, dtype=target_dtype, block_size=target_block, num_blocks=16)
     # The first 2 tokens are there already, so the payload starts in the middle of some block.
     ids = list(reversed(range(1, 1 + -(-14 // target_block))))
-    target = KVCache(target_layout, CPU)
+    target = KVCache(target_layout, CPU, torch_ops)
     target.tensor.fill_(-1)
     start = 2
     target.import_blocks(ids[start // target_block :], start % target_block, LAYERS, 4, memoryview(payload), dtype)
@@ -58,7 +59,7 @@ def test_whole_blocks_arrive_in_other_layouts(dtype: str, target_dtype: str, tar
 def test_a_tail_block_travels_without_its_unused_slots() -> None:
     source = stamped(LAYOUT, 0, [2], 3)
     payload = bytes(source.export_blocks([2], LAYERS, 3))
-    target = KVCache(LAYOUT, CPU)
+    target = KVCache(LAYOUT, CPU, torch_ops)
     target.tensor.fill_(-1)
     target.import_blocks([6], 0, LAYERS, 3, memoryview(payload), "float32")
     expected = torch.full_like(target.tensor, -1)
@@ -76,7 +77,7 @@ def test_the_export_is_a_copy() -> None:
 
 def test_bits_survive_even_where_numbers_would_not() -> None:
     layout = replace(LAYOUT, dtype="bfloat16")
-    source, target = KVCache(layout, CPU), KVCache(layout, CPU)
+    source, target = KVCache(layout, CPU, torch_ops), KVCache(layout, CPU, torch_ops)
     bits = torch.randint(-(1 << 15), 1 << 15, source.tensor.shape, generator=torch.Generator().manual_seed(0))
     source.tensor.copy_(bits.to(torch.int16).view(torch.bfloat16))
     target.import_blocks(range(8), 0, range(3), 4, memoryview(source.export_blocks(range(8), range(3), 4)), "bfloat16")
@@ -85,9 +86,9 @@ def test_bits_survive_even_where_numbers_would_not() -> None:
 
 @pytest.mark.parametrize("size_change", [-1, 1, -4 * 2 * 2 * 5 * 4])
 def test_a_payload_of_the_wrong_size_is_refused_and_writes_nothing(size_change: int) -> None:
-    payload = bytes(KVCache(LAYOUT, CPU).export_blocks([1, 2], LAYERS, 4))
+    payload = bytes(KVCache(LAYOUT, CPU, torch_ops).export_blocks([1, 2], LAYERS, 4))
     wrong = (payload + b"\0" * 9)[: len(payload) + size_change]
-    target = KVCache(LAYOUT, CPU)
+    target = KVCache(LAYOUT, CPU, torch_ops)
     target.tensor.fill_(-1)
     with pytest.raises(TransferFailed, match=f"KV payload of {len(wrong)} bytes is not whole blocks of 640 bytes"):
         target.import_blocks([1, 2], 0, LAYERS, 4, memoryview(wrong), "float32")
@@ -95,8 +96,8 @@ def test_a_payload_of_the_wrong_size_is_refused_and_writes_nothing(size_change: 
 
 
 def test_a_payload_that_does_not_fit_or_is_empty_or_of_unknown_dtype_is_refused() -> None:
-    payload = KVCache(LAYOUT, CPU).export_blocks([1, 2], LAYERS, 4)
-    target = KVCache(LAYOUT, CPU)
+    payload = KVCache(LAYOUT, CPU, torch_ops).export_blocks([1, 2], LAYERS, 4)
+    target = KVCache(LAYOUT, CPU, torch_ops)
     with pytest.raises(TransferFailed, match="8 tokens, but room for 7"):
         target.import_blocks([1, 2], 1, LAYERS, 4, memoryview(payload), "float32")
     with pytest.raises(TransferFailed, match="0 bytes is not whole blocks"):
@@ -106,7 +107,7 @@ def test_a_payload_that_does_not_fit_or_is_empty_or_of_unknown_dtype_is_refused(
 
 
 def test_a_block_is_one_run_of_memory() -> None:
-    tensor = KVCache(LAYOUT, CPU).tensor
+    tensor = KVCache(LAYOUT, CPU, torch_ops).tensor
     assert tensor[1, 3].is_contiguous()
     assert tensor[1, 3].data_ptr() - tensor[1, 2].data_ptr() == tensor[1, 3].nbytes
 
@@ -137,4 +138,4 @@ def test_blocks_follow_from_memory() -> None:
 
 def test_memory_that_is_not_there_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_bytes: \d+ bytes cannot be had on cpu"):
-        KVCache(replace(LAYOUT, num_blocks=1 << 50), CPU)
+        KVCache(replace(LAYOUT, num_blocks=1 << 50), CPU, torch_ops)

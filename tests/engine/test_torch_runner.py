@@ -20,10 +20,12 @@ from engine.sampling import SamplingParams
 from engine.torch_runner import TorchRunner
 from engine.weights import load_weights, open_weights
 from kernels.attention_batch import AttentionBatch
+from kernels.choice import choose_kernels
 from tests.tiny_models import GREEDY, generate, make_runner, prefill, prompt_of, save_model, scattered_blocks
 
 GREEDY_FIRST = SampleSpec(GREEDY, 0, 0)
 OPEN = 1000
+TORCH = choose_kernels(torch.device("cpu"), torch.float32, "dense", "torch")
 SEEDED = SamplingParams(temperature=1.5, repetition_penalty=1.2)
 
 
@@ -47,10 +49,10 @@ class GatedModel(Model):
 def make_gated(files: ModelFiles) -> tuple[TorchRunner, GatedModel]:
     source = open_weights(files)
     cpu = torch.device("cpu")
-    model = GatedModel(source.config, load_weights(source, torch.float32, cpu))
+    model = GatedModel(source.config, load_weights(source, torch.float32, cpu), TORCH)
     model.entered, model.gate = threading.Event(), threading.Semaphore(0)
     plain = make_runner(files)
-    cache = KVCache(plain.layout, cpu)
+    cache = KVCache(plain.layout, cpu, TORCH.ops)
     sampler = Sampler(source.config.vocab_size, ())
     return TorchRunner(model, cache, sampler, device=cpu, layer_group=1, threads=1), model
 
