@@ -15,6 +15,9 @@ from collections.abc import AsyncIterator, Generator, Iterable
 import hypothesis
 import pytest
 
+# Decides whether Triton interprets before anything imports it (transformers does).
+pytest_plugins = ["tests.kernels.gpu.triton_mode"]
+
 # Servers and executors may need a moment to wind down after the test has let go of them.
 GRACE_S = 2.0
 THREADS_BEFORE = pytest.StashKey[set[threading.Thread]]()
