@@ -16,6 +16,7 @@ import torch
 
 from engine.batch import KVLayout
 from engine.errors import ConfigError, TransferFailed
+from engine.kv_staging import KVStaging
 from engine.model_config import ModelConfig
 from kernels.ops import Ops
 
@@ -39,6 +40,7 @@ class KVCache:
     def __init__(self, layout: KVLayout, device: torch.device, ops: Ops) -> None:
         self.layout = layout
         self._ops = ops
+        self._staging = KVStaging(device) if device.type == "cuda" else None
         shape = (layout.num_layers, layout.num_blocks, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
         dtype = DTYPES[layout.dtype]
         try:
@@ -50,9 +52,13 @@ class KVCache:
     def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> memoryview:
         """As `Runner.export_blocks` in engine/batch.py."""
         assert 0 < block_tokens <= self.layout.block_size, f"a block does not hold {block_tokens} tokens"
-        blocks = self._ops.gather_blocks(self.tensor, self._ids(block_ids), layers, block_tokens)
+
+        def gather() -> torch.Tensor:
+            return self._ops.gather_blocks(self.tensor, self._ids(block_ids), layers, block_tokens)
+
         # numpy has no bfloat16, and the wire wants bytes anyway.
-        raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = blocks.flatten().view(torch.uint8).cpu().numpy()
+        host = gather().flatten().view(torch.uint8) if self._staging is None else self._staging.to_host(gather)
+        raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = host.numpy()
         return raw.data
 
     def import_blocks(
@@ -79,11 +85,18 @@ class KVCache:
         if block_count * block_tokens > room:
             raise TransferFailed(f"KV payload of {block_count * block_tokens} tokens, but room for {room}")
         # Copied first: the payload may be read-only, which torch cannot express, and need not be aligned.
-        staging = torch.empty(payload.nbytes, dtype=torch.uint8)
-        staging.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
+        host = torch.empty(payload.nbytes, dtype=torch.uint8, pin_memory=self._staging is not None)
+        host.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
         shape = (len(layers), block_count, 2, block_tokens, layout.num_kv_heads, layout.head_dim)
-        blocks = staging.view(DTYPES[dtype]).view(shape).to(self.tensor.device)
-        self._ops.scatter_blocks(self.tensor, self._ids(block_ids), first_slot, layers, blocks)
+
+        def scatter(raw: torch.Tensor) -> None:
+            blocks = raw.view(DTYPES[dtype]).view(shape)
+            self._ops.scatter_blocks(self.tensor, self._ids(block_ids), first_slot, layers, blocks)
+
+        if self._staging is None:
+            scatter(host)
+        else:
+            self._staging.to_device(host, scatter)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks, (source, target), in all layers."""

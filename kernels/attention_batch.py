@@ -9,6 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+# First position, new tokens, block ids that cover at least all of them.
+RowSpec = tuple[int, int, Sequence[int]]
+PADDING_ROW: RowSpec = (-1, 1, ())
+
 
 class Span(NamedTuple):
     """One row on the host's side: tokens [query_start, query_start + query_count) of the batch are the last
@@ -44,37 +48,65 @@ class AttentionBatch:
     plans: dict[object, object] = field(default_factory=dict, repr=False)
 
 
-def build_attention_batch(
-    rows: Sequence[tuple[int, int, Sequence[int]]], block_size: int, device: torch.device
-) -> AttentionBatch:
-    """From (first position, new tokens, block ids covering at least all of them) for each row.
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Sizes of an AttentionBatch; `blocks` is the width of its block tables."""
 
-    A padding row is (-1, 1, ()).
-    """
+    rows: int
+    tokens: int
+    blocks: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Elements of query_starts, context_lengths, block_tables, positions and slots."""
+        return self.rows + 1, self.rows, self.rows * self.blocks, self.tokens, self.tokens
+
+
+def shape_of(rows: Sequence[RowSpec], block_size: int) -> BatchShape:
+    """The least shape that holds these rows."""
     assert rows, "a batch has at least one row"
+    blocks = max(-(-(start + count) // block_size) for start, count, _ in rows)
+    return BatchShape(len(rows), sum(count for _, count, _ in rows), max(1, blocks))
+
+
+def pack(
+    rows: Sequence[RowSpec], block_size: int, shape: BatchShape, out: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> tuple[Span, ...]:
+    """Writes a batch's five tensors one after another into `out` [sum(shape.sizes)]; what `view` takes apart.
+
+    Rows that `shape` has beyond the given ones become padding, and so does a row (-1, 1, ()).
+    """
+    rows = [*rows, *([PADDING_ROW] * (shape.rows - len(rows)))]
+    query_starts, contexts, tables, positions, slots = np.split(out, np.cumsum(shape.sizes)[:-1])
     starts = np.array([start for start, _, _ in rows], dtype=np.int64)
     counts = np.array([count for _, count, _ in rows], dtype=np.int64)
     assert (counts > 0).all(), "every row brings at least one token"
-    contexts = starts + counts
-    used = -(-contexts // block_size)
-    tables = np.zeros((len(rows), max(1, int(used.max()))), dtype=np.int64)
-    for row, (_, _, block_ids) in enumerate(rows):
-        assert len(block_ids) >= used[row], f"row {row}: {len(block_ids)} blocks cannot hold {contexts[row]} tokens"
-        tables[row, : used[row]] = block_ids[: used[row]]
-    query_starts = np.concatenate(([0], np.cumsum(counts)))
-    row_of_token = np.repeat(np.arange(len(rows)), counts)
-    positions = np.arange(query_starts[-1]) - query_starts[row_of_token] + starts[row_of_token]
-    is_real = positions >= 0
-    positions = np.maximum(positions, 0)
-    slots = tables[row_of_token, positions // block_size] * block_size + positions % block_size
-    slots = np.where(is_real, slots, -1)
-    spans = zip(query_starts[:-1].tolist(), counts.tolist(), contexts.tolist(), strict=True)
-    return AttentionBatch(
-        query_starts=torch.from_numpy(query_starts).to(device),
-        context_lengths=torch.from_numpy(contexts).to(device),
-        block_tables=torch.from_numpy(tables).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
-        block_size=block_size,
-        spans=tuple(Span(*span) for span in spans),
-    )
+    query_starts[0] = 0
+    np.cumsum(counts, out=query_starts[1:])
+    contexts[:] = starts + counts
+    by_row = tables.reshape(shape.rows, shape.blocks)
+    by_row[:] = 0
+    for row, (used, (_, _, block_ids)) in enumerate(zip((-(-contexts // block_size)).tolist(), rows, strict=True)):
+        assert len(block_ids) >= used, f"row {row}: {len(block_ids)} blocks cannot hold {contexts[row]} tokens"
+        by_row[row, :used] = block_ids[:used]
+    row_of_token = np.repeat(np.arange(shape.rows), counts)
+    places = np.arange(shape.tokens) - query_starts[row_of_token] + starts[row_of_token]
+    np.maximum(places, 0, out=positions)
+    slots[:] = by_row[row_of_token, positions // block_size] * block_size + positions % block_size
+    slots[places < 0] = -1
+    return tuple(map(Span, query_starts[:-1].tolist(), counts.tolist(), contexts.tolist()))
+
+
+def view(packed: torch.Tensor, shape: BatchShape, block_size: int, spans: tuple[Span, ...]) -> AttentionBatch:
+    """The tensors of a packed batch, on whatever device it is."""
+    query_starts, contexts, tables, positions, slots = torch.split(packed, list(shape.sizes))
+    tables = tables.view(shape.rows, shape.blocks)
+    return AttentionBatch(query_starts, contexts, tables, positions, slots, block_size, spans)
+
+
+def build_attention_batch(rows: Sequence[RowSpec], block_size: int, device: torch.device) -> AttentionBatch:
+    """A batch of exactly these rows."""
+    shape = shape_of(rows, block_size)
+    packed = torch.empty(sum(shape.sizes), dtype=torch.int64)
+    spans = pack(rows, block_size, shape, packed.numpy())
+    return view(packed.to(device), shape, block_size, spans)

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from kernels.attention_variant import AttentionVariant
 from kernels.gpu import tuning
+from kernels.gpu.key_tiles import tanh
 from kernels.gpu.kv_splits import (
     LN2,
     LOG2E,
@@ -48,16 +49,6 @@ TILE_MAX = 128
 # What the tensor cores multiply. float8 becomes float16, which holds all its values and takes one conversion
 # instruction for two of them; bfloat16 takes four. Where q is bfloat16, it must be brought into float16's range.
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _tanh(x: tl.tensor) -> tl.tensor:
-    """Near 0 by its series, where the exponential form would cancel."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315))))
-    fade = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    large = (1 - fade) / (1 + fade)
-    return tl.where(tl.abs(x) < 0.2, series, tl.where(x < 0, -large, large))
 
 
 @triton.jit
@@ -83,7 +74,7 @@ def _scores(
 ) -> tl.tensor:  # fmt: skip
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * row_scale[:, None]
     if HAS_SOFT_CAP:
-        scores = _tanh(scores) * cap_scale
+        scores = tanh(scores) * cap_scale
     return tl.where(is_seen[None, :], scores, float("-inf"))
 
 

@@ -1,9 +1,14 @@
-"""The sampler: right distribution, right order of operations, and draws that depend on (seed, choice, step) alone."""
+"""The sampler: right distribution, right order of operations, and draws that depend on (seed, choice, step) alone.
+
+What takes `make` is asked of every sampler: test_device_sampler.py runs it again with one of its own.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import pytest
 import torch
@@ -16,17 +21,29 @@ from engine.sampling import SamplingParams
 CPU = torch.device("cpu")
 EOS = 1
 VOCAB = 40
-SAMPLER = Sampler(VOCAB, (EOS,))
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+
+
+class AnySampler(Protocol):
+    def sample(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> tuple[tuple[Sampled, ...], ...]: ...
+
+
+# From vocabulary size and end tokens.
+Make = Callable[[int, tuple[int, ...]], AnySampler]
+
+
+@pytest.fixture
+def make() -> Make:
+    return Sampler
 
 
 def spec(step: int = 0, seed: int = 0, choices: tuple[int, ...] = (0,), **params: object) -> SampleSpec:
     return SampleSpec(SamplingParams(**params), seed, step, choices)  # type: ignore[arg-type]
 
 
-def draw(logits: torch.Tensor, one: SampleSpec, sampler: Sampler | None = None) -> list[int]:
+def draw(make: Make, logits: torch.Tensor, one: SampleSpec) -> list[int]:
     """The token ids, one per choice, of a batch of one row."""
-    sampler = sampler or Sampler(len(logits), (EOS,))
+    sampler = make(len(logits), (EOS,))
     return [sampled.token_id for sampled in sampler.sample(logits[None], [one])[0]]
 
 
@@ -129,48 +146,48 @@ def test_top_p_looks_beyond_its_first_try_when_the_distribution_is_flat() -> Non
         {"top_k": 1, "top_p": 1e-3},
     ],
 )
-def test_the_narrowest_filters_are_greedy(params: dict[str, float]) -> None:
-    greedy = draw(LOGITS, spec(temperature=0.0))
-    assert all(draw(LOGITS, spec(step=step, **params)) == greedy for step in range(50))
+def test_the_narrowest_filters_are_greedy(params: dict[str, float], make: Make) -> None:
+    greedy = draw(make, LOGITS, spec(temperature=0.0))
+    assert draw(make, LOGITS, spec(choices=tuple(range(50)), **params)) == greedy * 50
 
 
-def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
+def test_greedy_takes_the_lowest_id_of_a_tie(make: Make) -> None:
     logits = torch.zeros(VOCAB)
     logits[[7, 3, 30]] = 5.0
-    assert draw(logits, spec(temperature=0.0)) == [3]
+    assert draw(make, logits, spec(temperature=0.0)) == [3]
 
 
-def test_extreme_logits_stay_finite() -> None:
+def test_extreme_logits_stay_finite(make: Make) -> None:
     logits = torch.full((VOCAB,), -1e30)
     logits[4] = 3e38
     for temperature in (1e-4, 1.0, 100.0):
-        assert draw(logits, spec(temperature=temperature, top_p=0.9, min_p=0.01)) == [4]
+        assert draw(make, logits, spec(temperature=temperature, top_p=0.9, min_p=0.01)) == [4]
     logits = torch.full((VOCAB,), float("-inf"))
     logits[9] = -1e30
-    assert draw(logits, spec()) == [9]
+    assert draw(make, logits, spec()) == [9]
 
 
 # ── what a draw depends on ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_draw_depends_on_seed_choice_and_step_alone() -> None:
+def test_a_draw_depends_on_seed_choice_and_step_alone(make: Make) -> None:
     base = spec(step=3, seed=9, choices=(2,))
-    assert draw(LOGITS, base) == draw(LOGITS, base)
-    runs = {
-        tuple(draw(LOGITS, replace(base, **change, step=step))[0] for step in range(30))
-        for change in ({}, {"seed": 10}, {"choices": (3,)})
-    }
-    assert len(runs) == 3
+    assert draw(make, LOGITS, base) == draw(make, LOGITS, base)
+    changes = ({}, {"seed": 10}, {"choices": (3,)})
+    specs = [replace(base, **change, step=step) for change in changes for step in range(30)]
+    drawn = make(VOCAB, (EOS,)).sample(LOGITS.expand(90, -1), specs)
+    assert len({drawn[:30], drawn[30:60], drawn[60:]}) == 3
+    assert len(set(drawn[:30])) > 3, "each step draws anew"
 
 
-def test_choices_of_one_row_are_what_each_would_draw_alone() -> None:
-    together = draw(LOGITS, spec(choices=tuple(range(20)), temperature=2.0))
-    alone = [draw(LOGITS, spec(choices=(choice,), temperature=2.0))[0] for choice in range(20)]
+def test_choices_of_one_row_are_what_each_would_draw_alone(make: Make) -> None:
+    together = draw(make, LOGITS, spec(choices=tuple(range(20)), temperature=2.0))
+    alone = [draw(make, LOGITS, spec(choices=(choice,), temperature=2.0))[0] for choice in range(20)]
     assert together == alone
     assert len(set(together)) > 3
 
 
-def test_the_rest_of_the_batch_changes_nothing() -> None:
+def test_the_rest_of_the_batch_changes_nothing(make: Make) -> None:
     rows = torch.randn(12, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
     kinds = [
         {"temperature": 0.0},
@@ -182,29 +199,29 @@ def test_the_rest_of_the_batch_changes_nothing() -> None:
     ]
     specs = [spec(step=row, seed=row, choices=(0, 1), **kinds[row % len(kinds)]) for row in range(len(rows))]
     before = rows.clone()
-    together = SAMPLER.sample(rows, specs)
+    together = make(VOCAB, (EOS,)).sample(rows, specs)
     assert torch.equal(rows, before), "the logits are the caller's"
     for row, one in enumerate(specs):
-        (alone,) = SAMPLER.sample(rows[row : row + 1], [one])
+        (alone,) = make(VOCAB, (EOS,)).sample(rows[row : row + 1], [one])
         assert [drawn.token_id for drawn in alone] == [drawn.token_id for drawn in together[row]]
 
 
 # ── edits ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_logit_bias_forces_and_forbids() -> None:
+def test_logit_bias_forces_and_forbids(make: Make) -> None:
     worst = int(LOGITS.argmin())
     best = int(LOGITS.argmax())
-    assert draw(LOGITS, spec(temperature=0.0, logit_bias=((worst, 100.0),))) == [worst]
-    assert best not in {draw(LOGITS, spec(step=step, logit_bias=((best, -100.0),)))[0] for step in range(50)}
+    assert draw(make, LOGITS, spec(temperature=0.0, logit_bias=((worst, 100.0),))) == [worst]
+    assert best not in draw(make, LOGITS, spec(choices=tuple(range(50)), logit_bias=((best, -100.0),)))
 
 
-def test_penalties_count_the_right_tokens() -> None:
+def test_penalties_count_the_right_tokens(make: Make) -> None:
     logits = torch.tensor([0.0, 0.0, 3.0, 2.9, -1.0])
 
     def best(prompt: list[int], output: list[int], **params: float) -> int:
         one = replace(spec(temperature=0.0, **params), prompt_ids=prompt, output_ids=output)
-        return draw(logits, one)[0]
+        return draw(make, logits, one)[0]
 
     assert best([2], [], repetition_penalty=1.2) == 3, "repetition counts the prompt: 3.0 / 1.2 < 2.9"
     assert best([2], [], presence_penalty=1.0) == 2, "presence does not"
@@ -213,36 +230,36 @@ def test_penalties_count_the_right_tokens() -> None:
     assert best([], [2, 2, 3], frequency_penalty=0.5) == 3, "frequency counts each time"
     assert best([], [2, 3], repetition_penalty=0.5) == 2, "below 1 it encourages"
     all_negative = replace(spec(temperature=0.0, repetition_penalty=2.0), prompt_ids=[1])
-    assert draw(torch.tensor([-1.5, -1.0]), all_negative) == [0], "a negative logit moves down, too"
+    assert draw(make, torch.tensor([-1.5, -1.0]), all_negative) == [0], "a negative logit moves down, too"
 
 
-def test_bias_comes_before_penalties() -> None:
+def test_bias_comes_before_penalties(make: Make) -> None:
     one = replace(spec(temperature=0.0, logit_bias=((2, 1.0),), repetition_penalty=2.0), prompt_ids=[2])
-    assert draw(torch.tensor([2.1, 0.0, 3.0]), one) == [0], "(3 + 1) / 2 < 2.1, though 3 / 2 + 1 is not"
+    assert draw(make, torch.tensor([2.1, 0.0, 3.0]), one) == [0], "(3 + 1) / 2 < 2.1, though 3 / 2 + 1 is not"
 
 
-def test_min_tokens_holds_back_every_token_that_would_end_it() -> None:
+def test_min_tokens_holds_back_every_token_that_would_end_it(make: Make) -> None:
     logits = torch.zeros(VOCAB)
     logits[EOS], logits[6], logits[9] = 9.0, 8.0, 7.0
     held = {"temperature": 0.0, "min_tokens": 3, "max_tokens": 9, "stop_token_ids": (6,)}
-    assert [draw(logits, spec(step=step, **held))[0] for step in range(5)] == [9, 9, 9, EOS, EOS]
-    assert draw(logits, spec(ignore_eos=True, **held)) == [EOS], "an end token that ends nothing may come"
+    assert [draw(make, logits, spec(step=step, **held))[0] for step in range(5)] == [9, 9, 9, EOS, EOS]
+    assert draw(make, logits, spec(ignore_eos=True, **held)) == [EOS], "an end token that ends nothing may come"
 
 
-def test_logprobs_are_of_the_unmodified_distribution() -> None:
+def test_logprobs_are_of_the_unmodified_distribution(make: Make) -> None:
     truth = LOGITS.double().log_softmax(-1)
     one = spec(temperature=0.5, top_k=1, logit_bias=((3, 50.0),), logprobs=4)
-    ((drawn,),) = SAMPLER.sample(LOGITS[None], [one])
+    ((drawn,),) = make(VOCAB, (EOS,)).sample(LOGITS[None], [one])
     assert drawn.token_id == 3
     assert drawn.logprob == pytest.approx(truth[3].item(), rel=1e-5)
     values, ids = truth.topk(4)
     assert [token_id for token_id, _ in drawn.top] == ids.tolist()
     assert [value for _, value in drawn.top] == pytest.approx(values.tolist(), rel=1e-5)
-    ((alone,),) = SAMPLER.sample(LOGITS[None], [spec(temperature=0.0, logprobs=0)])
+    ((alone,),) = make(VOCAB, (EOS,)).sample(LOGITS[None], [spec(temperature=0.0, logprobs=0)])
     assert alone.top == ()
     assert alone.logprob == pytest.approx(truth.max().item(), rel=1e-5)
-    assert SAMPLER.sample(LOGITS[None], [spec(temperature=0.0)]) == ((Sampled(int(LOGITS.argmax())),),)
+    assert make(VOCAB, (EOS,)).sample(LOGITS[None], [spec(temperature=0.0)]) == ((Sampled(int(LOGITS.argmax())),),)
 
 
-def test_no_rows_is_no_work() -> None:
-    assert SAMPLER.sample(torch.empty(0, VOCAB), []) == ()
+def test_no_rows_is_no_work(make: Make) -> None:
+    assert make(VOCAB, (EOS,)).sample(torch.empty(0, VOCAB), []) == ()
