@@ -1,4 +1,5 @@
-"""A worker inside a Ray actor. Ray places it and starts it again; tokens and tensors never pass through Ray."""
+"""A worker inside a Ray actor, or one actor for each of its ranks. Ray places them and starts them again; tokens and
+tensors never pass through Ray."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import ray.util
 import uvloop
@@ -15,6 +17,9 @@ import uvloop
 from cluster.config import TandemConfig, from_json
 from cluster.worker_spec import WorkerSpec
 from engine.errors import TandemError
+
+if TYPE_CHECKING:
+    from engine.ranks import Rendezvous
 
 # How long a process that has crashed still lives, so that what it crashed with reaches the launcher.
 LAST_WORDS_S = 0.3
@@ -25,7 +30,7 @@ class Crashed(Exception):
 
 
 class WorkerActor:
-    """Runs one worker on an event loop of its own, in the thread that `run` is called in.
+    """Runs one worker, or the leader of its ranks, on an event loop of its own, in the thread that `run` is called in.
 
     Ray calls methods of this actor from several threads (`max_concurrency`), so `stop` works while `run` runs.
     """
@@ -34,11 +39,19 @@ class WorkerActor:
         # Of this process, so larger after every restart.
         self._incarnation = time.time_ns()
         self._config = from_json(config_json)
-        host = str(ray.util.get_node_ip_address()) if is_remote else spec.host  # type: ignore[no-untyped-call]
-        self._spec = replace(spec, host=host)
+        self._spec = replace(spec, host=_own_host(is_remote))
+        self._rendezvous: Rendezvous | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
+
+    def rendezvous(self) -> str:
+        """Where the other ranks of the next `run` find this one: HOST:PORT."""
+        # Imported here, because the launcher imports this file and has no use for torch.
+        from engine.ranks import Rendezvous
+
+        self._rendezvous = Rendezvous.open(self._spec.host)
+        return self._rendezvous.address
 
     def run(self) -> str:
         """Runs the worker until `stop`. Returns "" then, and the error's text when it can never run.
@@ -53,7 +66,7 @@ class WorkerActor:
             self._task = asyncio.current_task()
             # After the two above: either `stop` finds them, or its flag is found here.
             if not self._is_stopping:
-                await _run_worker(self._spec, self._config, self._incarnation)
+                await _run_worker(self._spec, self._config, self._incarnation, self._rendezvous)
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -63,11 +76,12 @@ class WorkerActor:
         except TandemError as error:
             return str(error)
         except BaseException as error:  # The top of a process: whatever it is, the process must not outlive it.
-            traceback.print_exc()
-            # Not sys.exit: in a thread that would end the thread only.
-            threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
-            raise Crashed(f"{type(error).__name__}: {error}") from None
+            raise _crashed(error) from None
         return ""
+
+    def crash(self) -> None:
+        """Ends the process at once: another rank of this worker has died."""
+        os._exit(1)
 
     def stop(self) -> None:
         """Asks the worker to drain and end; does not wait."""
@@ -76,8 +90,44 @@ class WorkerActor:
             self._loop.call_soon_threadsafe(self._task.cancel)
 
 
-async def _run_worker(spec: WorkerSpec, config: TandemConfig, incarnation: int) -> None:
-    # Imported here, because the launcher imports this file and has no use for torch.
+class RankActor:
+    """Runs one rank that is not its worker's leader."""
+
+    def __init__(self, rank: int, config_json: str, is_remote: bool) -> None:
+        self._rank = rank
+        self._config = from_json(config_json)
+        self._host = _own_host(is_remote)
+
+    def wait(self) -> None:
+        """Returns: this process is there."""
+
+    def run(self, rendezvous: str) -> str:
+        """Runs the rank until its leader, which is found at `rendezvous`, says stop. As WorkerActor.run."""
+        from cluster.rank_process import follow_leader
+
+        try:
+            follow_leader(self._config, self._rank, rendezvous, self._host)
+        except TandemError as error:
+            return str(error)
+        except BaseException as error:
+            raise _crashed(error) from None
+        return ""
+
+
+def _own_host(is_remote: bool) -> str:
+    return str(ray.util.get_node_ip_address()) if is_remote else "127.0.0.1"  # type: ignore[no-untyped-call]
+
+
+def _crashed(error: BaseException) -> Crashed:
+    """What to raise instead; the process ends right after."""
+    traceback.print_exception(error)
+    # Not sys.exit: in a thread that would end the thread only.
+    threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+    return Crashed(f"{type(error).__name__}: {error}")
+
+
+async def _run_worker(spec: WorkerSpec, config: TandemConfig, incarnation: int, rendezvous: Rendezvous | None) -> None:
+    # Imported here, as above.
     from cluster.worker_process import run_worker
 
-    await run_worker(spec, config, incarnation=incarnation)
+    await run_worker(spec, config, incarnation=incarnation, rendezvous=rendezvous)

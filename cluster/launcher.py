@@ -1,8 +1,8 @@
 """Workers as Ray actors: on a Ray of this service's own, or on an existing cluster.
 
     open   start or join Ray
-    start  one placement group with a bundle per worker ─▶ one actor per bundle ─▶ `run`, watched
-    died   Ray starts the actor again (at most `max_restarts` times); `run` is called anew
+    start  one placement group with a bundle per rank ─▶ one actor per bundle ─▶ `run`, watched
+    died   Ray starts the actor again (at most `max_restarts` times); `run` is called anew, on all ranks of the worker
     close  stop ─▶ kill ─▶ give the bundles back ─▶ leave Ray, which ends a Ray of our own
 
 All calls of Ray are made in one thread that lives as long as Ray does. Ray asks the kernel to kill its servers when the
@@ -12,6 +12,7 @@ thread that started them ends, so a thread of a pool that may shrink would take 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import ray.util
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors import WorkerActor
+from cluster.actors import RankActor, WorkerActor
 from cluster.config import TandemConfig, to_json
 from cluster.environment import worker_variables
 from cluster.fleet import Log
@@ -52,6 +53,8 @@ class RayFleet:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._group: PlacementGroup | None = None
         self._actors: dict[str, Any] = {}
+        # The other ranks of each worker, where it has several.
+        self._followers: dict[str, list[Any]] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._failure: TandemError | None = None
 
@@ -64,12 +67,17 @@ class RayFleet:
         return "127.0.0.1"
 
     async def start(self, gateway: str) -> None:
-        names = worker_names(self._config.cluster)
-        bundle = await self._call(self._bundle, len(names))
-        self._group = await self._call(self._place, [bundle] * len(names))
+        names, ranks = worker_names(self._config.cluster), self._config.engine.ranks
+        bundle = await self._call(self._bundle, len(names) * ranks)
+        self._group = await self._call(self._place, [bundle] * (len(names) * ranks))
         for index, (role, worker_id) in enumerate(names):
             spec = WorkerSpec(role, worker_id, gateway)
-            self._actors[worker_id] = await self._call(self._create, spec, self._group, index, bundle)
+            first = index * ranks
+            self._actors[worker_id] = await self._call(self._create, self._group, first, bundle, WorkerActor, spec)
+            self._followers[worker_id] = [
+                await self._call(self._create, self._group, first + rank, bundle, RankActor, rank)
+                for rank in range(1, ranks)
+            ]
         for worker_id in self._actors:
             self._watchers.append(asyncio.create_task(self._watch(worker_id), name=worker_id))
 
@@ -103,12 +111,12 @@ class RayFleet:
 
     def _start_local(self) -> None:
         cluster = self._config.cluster
-        workers = len(worker_names(cluster))
+        bundles = len(worker_names(cluster)) * self._config.engine.ranks
         try:
             ray.init(
                 address="local",
                 # Bundles are bookkeeping: two workers do share one core where there is only one.
-                num_cpus=max(1, math.ceil(workers * cluster.cpus_per_worker)),
+                num_cpus=max(1, math.ceil(bundles * cluster.cpus_per_worker)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -125,12 +133,12 @@ class RayFleet:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"--address {address}: cannot join this Ray cluster: {_first_line(error)}") from error
 
-    def _bundle(self, workers: int) -> dict[str, float]:
+    def _bundle(self, count: int) -> dict[str, float]:
         cluster = self._config.cluster
         there = _resources().get("GPU", 0.0)
         gpus = cluster.gpus_per_worker
         if gpus is None:
-            gpus = 0.0 if self._config.engine.device == "cpu" else min(1.0, there / workers)
+            gpus = 0.0 if self._config.engine.device == "cpu" else min(1.0, there / count)
         bundle = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
         return {name: amount for name, amount in bundle.items() if amount > 0}
 
@@ -138,8 +146,9 @@ class RayFleet:
         cluster = self._config.cluster
         if not bundles[0]:
             raise ConfigError("cluster.cpus_per_worker: got 0, expected more than 0 where workers get no GPU")
+        what = "workers" if self._config.engine.ranks == 1 else "ranks of workers"
         too_many = ConfigError(
-            f"cluster: got {len(bundles)} workers of {bundles[0]} each ({cluster.placement}), expected no more than "
+            f"cluster: got {len(bundles)} {what} of {bundles[0]} each ({cluster.placement}), expected no more than "
             f"the Ray cluster can place: it has {_resources()}"
         )
         needed = {name: amount * len(bundles) for name, amount in bundles[0].items()}
@@ -152,9 +161,16 @@ class RayFleet:
             raise too_many
         return group
 
-    def _create(self, spec: WorkerSpec, group: PlacementGroup, index: int, bundle: dict[str, float]) -> Any:  # noqa: ANN401
+    def _create(
+        self,
+        group: PlacementGroup,
+        index: int,
+        bundle: dict[str, float],
+        actor: type[WorkerActor | RankActor],
+        who: WorkerSpec | int,
+    ) -> Any:  # noqa: ANN401
         return (
-            ray.remote(WorkerActor)
+            ray.remote(actor)
             .options(
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
@@ -163,13 +179,13 @@ class RayFleet:
                 max_concurrency=2,
                 runtime_env={"env_vars": worker_variables(self._config.engine.threads)},
             )
-            .remote(spec, to_json(self._config), self._config.cluster.is_remote)
+            .remote(who, to_json(self._config), self._config.cluster.is_remote)
         )
 
     def _leave(self) -> None:
         if not ray.is_initialized():
             return
-        for actor in self._actors.values():
+        for actor in [*self._actors.values(), *itertools.chain(*self._followers.values())]:
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
@@ -179,11 +195,9 @@ class RayFleet:
 
     async def _watch(self, worker_id: str) -> None:
         """Keeps one worker running for as long as Ray brings its actor back."""
-        run = self._actors[worker_id].run
         while True:
             try:
-                reference = await self._call(run.remote)
-                problem = await asyncio.wrap_future(reference.future())
+                problem = await self._run_once(worker_id)
             except ray.exceptions.RayTaskError as error:
                 self._log(f"worker {worker_id} crashed: {error.cause}")
             except ray.exceptions.ActorUnavailableError:
@@ -198,6 +212,49 @@ class RayFleet:
                     self._failure = ConfigError(f"worker {worker_id}: {problem}")
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
+
+    async def _run_once(self, worker_id: str) -> str:
+        """What the worker's `run` returns or raises. Its other ranks run beside it: all of them, or none."""
+        leader, followers = self._actors[worker_id], self._followers[worker_id]
+        others = set()
+        if followers:
+            for follower in followers:
+                await self._wait_for(follower)
+            address = await self._future(leader.rendezvous.remote)
+            others = {asyncio.ensure_future(self._future(follower.run.remote, address)) for follower in followers}
+        run = asyncio.ensure_future(self._future(leader.run.remote))
+        try:
+            running = others
+            while running and not run.done():
+                done, running = await asyncio.wait({run, *running}, return_when=asyncio.FIRST_COMPLETED)
+                running.discard(run)
+                if any(other.exception() for other in done - {run}):
+                    await self._call(leader.crash.remote)
+                    break
+            return str(await run)
+        finally:
+            run.cancel()
+            # They end when the leader does.
+            if others:
+                await asyncio.wait(others, timeout=KILL_AFTER_S)
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+    async def _future(self, method: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401 - Ray has no types
+        """Calls a method of an actor and waits for what it returns."""
+        reference = await self._call(method, *args)
+        return await asyncio.wrap_future(reference.future())
+
+    async def _wait_for(self, follower: Any) -> None:  # noqa: ANN401 - Ray has no types
+        """Until an actor that Ray is starting again is there. Raises RayError when Ray has given it up."""
+        while True:
+            try:
+                await self._future(follower.wait.remote)
+            except ray.exceptions.ActorUnavailableError:
+                await asyncio.sleep(RESTART_PAUSE_S)
+            else:
+                return
 
 
 def _resources() -> dict[str, float]:

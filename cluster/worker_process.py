@@ -3,6 +3,7 @@
     load engine ─▶ loop + gRPC server (service, health, reflection) ─▶ heartbeats … until cancelled
     cancelled ─▶ draining, NOT_SERVING ─▶ what runs is finished, for a bounded time ─▶ server, loop and engine end
 
+A worker of several ranks is this in the leader's process; the others only compute (cluster/rank_process.py).
 Loads torch, so it is imported only where a worker really runs.
 """
 
@@ -19,15 +20,17 @@ from typing import Protocol
 
 from cluster.config import TandemConfig
 from cluster.heartbeat import report_forever
+from cluster.rank_process import rank_processes
 from cluster.registry import WorkerReport
 from cluster.registry_server import send_heartbeat
 from cluster.served_model import served_name
 from cluster.worker_spec import WorkerSpec
 from decode_worker.server import decode_service
 from decode_worker.worker import DecodeWorker
-from engine.engine import Engine, load_engine
+from engine.engine import Engine, check_ranks, load_engine
 from engine.errors import TandemError
-from engine.model_source import Report, resolve, silent
+from engine.model_source import ModelFiles, Report, resolve, silent
+from engine.ranks import Member, Ranks, Rendezvous
 from engine.stats import LoopStats
 from kvtransfer.grpc_transport import GrpcPrefillTransport
 from kvtransfer.rpc_channel import Channels
@@ -60,14 +63,45 @@ async def run_worker(
     incarnation: int,
     report: Report = silent,
     serving: Callable[[str], None] | None = None,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """Runs a worker until cancelled, then drains it. `incarnation`: the time of the process's start, in nanoseconds.
 
-    `serving` is called with the worker's address once it listens. Raises TandemErrors for what cannot be loaded or
-    listened on, and whatever the loop crashed with: then nothing of the worker is left running.
+    `serving` is called with the worker's address once it listens. `rendezvous`: where the other ranks come to, if the
+    worker has several; without one they are started here, as processes beside this one.
+    Raises TandemErrors for what cannot be loaded or listened on, and whatever the loop crashed with: then nothing of
+    the worker is left running.
     """
     files = await asyncio.to_thread(resolve, config.engine.model, report)
-    engine = await asyncio.to_thread(load_engine, config.engine, files)
+    run = partial(_run_engine, spec, config, files, incarnation, serving)
+    if config.engine.ranks == 1 or rendezvous is not None:
+        await run(rendezvous)
+        return
+    check_ranks(config.engine, files)
+    async with rank_processes(config) as others:
+        worker, watch = asyncio.create_task(run(others.rendezvous)), asyncio.create_task(others.watch())
+        try:
+            done, _ = await asyncio.wait([worker, watch], return_when=asyncio.FIRST_COMPLETED)
+            # Of two errors, the rank's own tells more than that it is missed.
+            (watch if watch in done else worker).result()
+        finally:
+            worker.cancel()
+            watch.cancel()
+            await asyncio.gather(worker, watch, return_exceptions=True)
+
+
+async def _run_engine(
+    spec: WorkerSpec,
+    config: TandemConfig,
+    files: ModelFiles,
+    incarnation: int,
+    serving: Callable[[str], None] | None,
+    rendezvous: Rendezvous | None,
+) -> None:
+    ranks = None
+    if rendezvous is not None and config.engine.ranks > 1:
+        ranks = Ranks(Member(0, *config.engine.parallel, rendezvous.host), rendezvous)
+    engine = await asyncio.to_thread(load_engine, config.engine, files, ranks)
     name = served_name(config.engine.model, files)
     try:
         async with _worker(spec, config, engine) as (worker, service):

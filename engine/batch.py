@@ -29,15 +29,25 @@ class SampleSpec:
     output_ids: Sequence[int] = ()
 
 
+# Stands in a row's `token_ids` for a token that is not drawn yet. No vocabulary has it: nobody can take it for one.
+PENDING_TOKEN = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """New tokens of one sequence: positions [start, start + len(token_ids)); `block_ids` covers all of [0, end)."""
+    """New tokens of one sequence: positions [start, start + len(token_ids)); `block_ids` covers all of [0, end).
+
+    `follows`: the row's one token is draw number `follows` of the batch handed to the runner just before this one,
+    which may not have ended yet; `token_ids` is then (PENDING_TOKEN,). Draws are numbered from 0 in row order, and
+    within a row in the order of its choices.
+    """
 
     seq_id: str
     token_ids: Sequence[int]
     start: int
     block_ids: Sequence[int]
     sample: SampleSpec | None = None
+    follows: int | None = None
 
     @property
     def end(self) -> int:
@@ -113,7 +123,7 @@ LayerListener = Callable[[int, int], None]
 
 
 class Runner(Protocol):
-    """Executes batches, one at a time, and reads and writes KV blocks for the KV stream.
+    """Executes batches, one after another, and reads and writes KV blocks for the KV stream.
 
     Real: torch in one dedicated thread. In-memory: a cost model that sleeps on the event loop's clock.
     """
@@ -123,7 +133,12 @@ class Runner(Protocol):
 
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """Runs one forward pass. All calls of `on_layers` come before this returns, in layer order, together
-        covering every layer once. Never called while another `run` is under way."""
+        covering every layer once.
+
+        May be called while one other run is under way, never while two are: batches execute one after another in the
+        order of the calls, copies included, and the calls of `on_layers` keep that order too. A row that `follows` a
+        draw refers to the batch of the call before this one, ended or not; when that one failed, this one fails as
+        well. Blocks of a batch belong to the runner until its `run` has returned or raised."""
         ...
 
     def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> bytes | memoryview:

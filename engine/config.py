@@ -28,13 +28,36 @@ class EngineConfig(BaseModel):
     kernels: Literal["auto", "torch"] = Field(
         "auto", description="auto: the fastest that run on the device. torch: plain torch, to compare with."
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads for the forward pass; 0: torch's choice.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of a rank's forward pass; 0: torch's choice, shared by the ranks."
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="Ranks that split every layer of a worker: processes, each with its own GPU."
+    )
+    pipeline_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Stages that a worker's layers are split into, of tensor_parallel ranks each; for models that do "
+        "not fit one node.",
+    )
     block_size: int = Field(16, ge=1, le=256, description="Token slots in a KV block.")
     kv_cache_bytes: int = Field(
-        512 << 20, ge=1, description="Memory for KV blocks; the number of blocks follows from it and the model's shape."
+        512 << 20,
+        ge=1,
+        description="Memory for KV blocks of each rank; the number of blocks follows from it and the model's shape.",
     )
     prefix_cache: bool = Field(True, description="Keep the KV of finished prompts for requests that share a prefix.")
     layer_group: int = Field(5, ge=1, description="Layers whose KV is published together while prefill runs.")
+
+    @property
+    def parallel(self) -> tuple[int, int]:
+        return self.tensor_parallel, self.pipeline_parallel
+
+    @property
+    def ranks(self) -> int:
+        """Processes that make one worker."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @field_validator("block_size")
     @classmethod

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from engine.batch import Batch, KVLayout, LayerListener, Row, Sampled, SampleSpec, StepOutput
+from engine.batch import PENDING_TOKEN, Batch, KVLayout, LayerListener, Row, Sampled, SampleSpec, StepOutput
 from engine.emulated_kv import MASK, ROOT, EmulatedKV, extend, mix
 from engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """One token that a batch drew, for the row of the next batch that follows it at position `end` of `seq_id`."""
+
+    seq_id: str
+    end: int
+    token_id: int
 
 
 class EmulatedRunner:
@@ -40,7 +50,10 @@ class EmulatedRunner:
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
         self.eos_rate = eos_rate
-        self._in_use: frozenset[int] | None = None
+        # The blocks of the batches under way: one, and one that waits for its end.
+        self._in_use: list[frozenset[int]] = []
+        self._turn = asyncio.Lock()
+        self._drawn: list[_Draw] = []
         self._kv = EmulatedKV(layout)
 
     @property
@@ -49,25 +62,39 @@ class EmulatedRunner:
 
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """See Runner. Asserts what the real runner takes for granted: who may write what, and that all layers agree."""
-        assert self._in_use is None, "a second batch was started while one is under way"
-        self._in_use = check_ownership(batch, self._layout.block_size)
+        assert len(self._in_use) < 2, "a third batch was started while two are under way"
+        blocks = check_ownership(batch, self._layout.block_size)
+        self._in_use.append(blocks)
+        try:
+            # First come, first served.
+            async with self._turn:
+                return await self._execute(batch, on_layers)
+        finally:
+            self._in_use.remove(blocks)
+
+    async def _execute(self, batch: Batch, on_layers: LayerListener | None) -> StepOutput:
+        drawn, self._drawn = self._drawn, []
+        all_rows = [_resolve(row, drawn) for row in batch.rows]
         groups = [
             slice(first, min(first + self._layer_group, self._layout.num_layers))
             for first in range(0, self._layout.num_layers, self._layer_group)
         ]
-        try:
-            slice_s = self._cost(batch) / len(groups)
-            if batch.copies:
-                self._kv.copy(batch.copies)
-            for layers in groups:
-                await asyncio.sleep(slice_s)
-                for rows in _waves(batch.rows):
-                    self._kv.write_rows(rows, layers)
-                if on_layers is not None:
-                    on_layers(layers.start, layers.stop)
-            return StepOutput(self._sample_rows(batch.rows))
-        finally:
-            self._in_use = None
+        slice_s = self._cost(batch) / len(groups)
+        if batch.copies:
+            self._kv.copy(batch.copies)
+        for layers in groups:
+            await asyncio.sleep(slice_s)
+            for rows in _waves(all_rows):
+                self._kv.write_rows(rows, layers)
+            if on_layers is not None:
+                on_layers(layers.start, layers.stop)
+        sampled = self._sample_rows(all_rows)
+        self._drawn = [
+            _Draw(row.seq_id, row.end, token.token_id)
+            for row, tokens in zip(all_rows, sampled, strict=True)
+            for token in tokens
+        ]
+        return StepOutput(sampled)
 
     def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> bytes | memoryview:
         return self._kv.export(block_ids, layers, block_tokens)
@@ -81,12 +108,12 @@ class EmulatedRunner:
         payload: memoryview,
         dtype: str,
     ) -> None:
-        held = sorted((self._in_use or frozenset()).intersection(block_ids))
-        assert not held, f"KV is received into blocks {held}, which the running batch uses"
+        held = sorted(frozenset().union(*self._in_use).intersection(block_ids))
+        assert not held, f"KV is received into blocks {held}, which a batch under way uses"
         self._kv.store(block_ids, first_slot, layers, block_tokens, payload, dtype)
 
     async def close(self) -> None:
-        assert self._in_use is None, "the runner was closed while a batch is under way"
+        assert not self._in_use, "the runner was closed while a batch is under way"
 
     def expected_tokens(
         self, prompt_ids: Sequence[int], params: SamplingParams, seed: int, choice: int, count: int
@@ -156,6 +183,20 @@ def check_ownership(batch: Batch, block_size: int) -> frozenset[int]:
                 f"{row.seq_id} reads block {block_id}, {writers[block_id]} writes it"
             )
     return frozenset().union(*batch.copies, *tables)
+
+
+def _resolve(row: Row, drawn: Sequence[_Draw]) -> Row:
+    """`row` with the token that it follows. AssertionError when that is not its own sequence's next one."""
+    if row.follows is None:
+        assert PENDING_TOKEN not in row.token_ids, f"{row.seq_id}: a token that nobody has drawn"
+        return row
+    assert tuple(row.token_ids) == (PENDING_TOKEN,), f"{row.seq_id}: {row.token_ids} and a draw besides"
+    assert row.follows < len(drawn), f"{row.seq_id} follows draw {row.follows}, the batch before made {len(drawn)}"
+    draw = drawn[row.follows]
+    assert (draw.seq_id, draw.end) == (row.seq_id, row.start), (
+        f"{row.seq_id} at {row.start} follows a draw of {draw.seq_id} at {draw.end}"
+    )
+    return replace(row, token_ids=(draw.token_id,))
 
 
 def _waves(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

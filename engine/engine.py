@@ -1,8 +1,12 @@
-"""Puts one worker's engine together: files → config and weights → model, KV cache, sampler → runner."""
+"""Puts one worker's engine together: files → config and weights → model, KV cache, sampler → runner.
+
+A worker of several ranks is one such engine in each rank's process, over its share of the weights: `load_engine` on the
+leader, `load_follower` on the others.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Literal
 
@@ -15,7 +19,12 @@ from engine.kv_cache import DTYPES, KVCache, count_blocks
 from engine.model import Model
 from engine.model_config import ModelConfig
 from engine.model_source import ModelFiles
+from engine.parallel_model import ParallelModel
+from engine.parallel_runner import LeaderRunner, ParallelRunner
+from engine.rank_follower import RankFollower
+from engine.ranks import Ranks
 from engine.sampler import Sampler
+from engine.shard import Shard, local_config, shards
 from engine.torch_runner import TorchRunner
 from engine.weights import Weights, load_weights, open_weights
 from kernels.choice import choose_kernels
@@ -29,12 +38,31 @@ class Engine:
     """One worker's model, loaded, and the runner that executes it. `runner.layout` says what came of the config."""
 
     model: ModelConfig
-    runner: TorchRunner
+    runner: TorchRunner | ParallelRunner
     files: ModelFiles
 
 
-def load_engine(config: EngineConfig, files: ModelFiles) -> Engine:
-    """Loads weights and allocates the KV cache: seconds to minutes. Raises ModelFileError or ConfigError."""
+def load_engine(config: EngineConfig, files: ModelFiles, ranks: Ranks | None = None) -> Engine:
+    """Loads weights and allocates the KV cache: seconds to minutes. Raises ModelFileError or ConfigError.
+
+    `ranks`, not joined yet: where the config asks for several; this waits for them all. Then also raises RankLost.
+    """
+    if config.ranks > 1:
+        if ranks is None:
+            field = "tensor_parallel" if config.tensor_parallel > 1 else "pipeline_parallel"
+            raise ConfigError(f"{field}: got {getattr(config, field)}, expected 1 where a single process does it all")
+        share = load_share(config, files, ranks)
+        local = LeaderRunner(
+            share.model,
+            share.cache,
+            Sampler(share.config.vocab_size, share.config.eos_token_ids),
+            ranks,
+            device=share.device,
+            layer_group=config.layer_group,
+            threads=share.threads,
+        )
+        ranks.join(share.identity, share.device)
+        return Engine(share.config, ParallelRunner(share.layout, share.shards, local, ranks), files)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     source = open_weights(files)
@@ -45,19 +73,77 @@ def load_engine(config: EngineConfig, files: ModelFiles) -> Engine:
     return Engine(model, build_runner(config, model, weights, num_blocks, dtype, device), files)
 
 
+def check_ranks(config: EngineConfig, files: ModelFiles) -> None:
+    """Raises ConfigError when the model cannot be split as asked for: cheap, and before any other rank is started."""
+    shards(open_weights(files).config, config.tensor_parallel, config.pipeline_parallel)
+
+
+def load_follower(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> RankFollower:
+    """Loads the share of a rank that is not the leader, and waits for all ranks. Raises as `load_engine`."""
+    share = load_share(config, files, ranks)
+    runner = TorchRunner(
+        share.model,
+        share.cache,
+        Sampler(share.config.vocab_size, share.config.eos_token_ids),
+        device=share.device,
+        layer_group=config.layer_group,
+        threads=share.threads,
+    )
+    ranks.join(share.identity, share.device)
+    return RankFollower(runner, share.model, ranks, device=share.device, threads=share.threads)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """What one rank of several has loaded. `config` and `layout` are the whole worker's."""
+
+    config: ModelConfig
+    layout: KVLayout
+    shards: tuple[Shard, ...]
+    model: ParallelModel
+    cache: KVCache
+    device: torch.device
+    threads: int
+
+    @property
+    def identity(self) -> str:
+        """What all ranks must have in common."""
+        return (
+            f"{self.layout.model}, {self.layout.num_blocks} blocks of {self.layout.block_size} in {self.layout.dtype}"
+        )
+
+
+def load_share(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> Share:
+    """Loads one rank's share of the weights and allocates its share of the KV cache."""
+    rank = ranks.member.rank
+    device = choose_device(config.device, rank)
+    dtype = choose_dtype(config.dtype, device)
+    source = open_weights(files)
+    model = source.config
+    split = shards(model, config.tensor_parallel, config.pipeline_parallel)
+    configs = [local_config(model, shard) for shard in split]
+    # Blocks have the same ids on all ranks, so there are as many as fit where a block is largest.
+    num_blocks = min(count_blocks(each, config.kv_cache_bytes, config.block_size, dtype) for each in configs)
+    weights = load_weights(source, DTYPES[dtype], device, split[rank])
+    layout = make_layout(config, model, fingerprint(model, weights), num_blocks, dtype)
+    kernels = choose_kernels(device, DTYPES[dtype], config.weight_format, config.kernels)
+    local = replace(layout, num_layers=configs[rank].num_layers, num_kv_heads=configs[rank].num_kv_heads)
+    return Share(
+        config=model,
+        layout=layout,
+        shards=split,
+        model=ParallelModel(model, weights, kernels, ranks, split),
+        cache=KVCache(local, device, kernels.ops),
+        device=device,
+        threads=config.threads or (max(1, torch.get_num_threads() // config.ranks) if device.type == "cpu" else 0),
+    )
+
+
 def build_runner(
     config: EngineConfig, model: ModelConfig, weights: Weights, num_blocks: int, dtype: str, device: torch.device
 ) -> TorchRunner:
     """A runner over weights that are already in memory, real or random."""
-    layout = KVLayout(
-        model=fingerprint(model, weights),
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=dtype,
-        block_size=config.block_size,
-        num_blocks=num_blocks,
-    )
+    layout = make_layout(config, model, fingerprint(model, weights), num_blocks, dtype)
     kernels = choose_kernels(device, DTYPES[dtype], config.weight_format, config.kernels)
     return TorchRunner(
         Model(model, weights, kernels),
@@ -66,6 +152,19 @@ def build_runner(
         device=device,
         layer_group=config.layer_group,
         threads=config.threads,
+    )
+
+
+def make_layout(config: EngineConfig, model: ModelConfig, name: str, num_blocks: int, dtype: str) -> KVLayout:
+    """The layout of a whole worker's cache."""
+    return KVLayout(
+        model=name,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
     )
 
 
@@ -79,12 +178,13 @@ def fingerprint(model: ModelConfig, weights: Weights) -> str:
     return f"{model.architecture}-{digest.hexdigest()}"
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], rank: int = 0) -> torch.device:
+    """The device of a rank: of those that its process sees, the ranks of one machine take one after another."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: got 'cuda', expected 'cpu' or 'auto': torch finds no CUDA device here")
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count()) if rank else torch.device("cuda")
 
 
 def choose_dtype(wanted: str, device: torch.device) -> str:

@@ -6,11 +6,15 @@ Layers are called in groups, so that a caller can publish the KV of one group wh
     hidden = model.embed(token_ids)
     hidden = model.layers(hidden, range(0, 5), batch, kv)     and so on
     logits = model.logits(hidden, tokens)                     only of the tokens that are sampled from
+
+A rank of several computes with its share of every matrix (engine/parallel_model.py): only the sums after o and down,
+which `Collective` makes, tell it that there are others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -38,6 +42,28 @@ class LayerWeights:
     k_norm: torch.Tensor | None = None
 
 
+class Collective(Protocol):
+    """The ranks that split the same layers."""
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Replaces x, contiguous, by its sum over all ranks."""
+        ...
+
+
+class SummedLinear:
+    """A Linear of which every rank holds some of the columns: the product is the sum of theirs."""
+
+    def __init__(self, linear: Linear, ranks: Collective) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_bytes = linear.weight_bytes
+        self._linear, self._ranks = linear, ranks
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product = self._linear(x)
+        self._ranks.all_reduce(product)
+        return product
+
+
 # What flows between layers: the last block's output, and the sum of all before it. Each norm adds the two in passing.
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -46,21 +72,27 @@ class Model:
     """Holds weights and the table of rotary angles; keeps no state between calls.
 
     Takes the tensors out of `weights`: matrices are repacked one by one, and two copies of all would not fit.
+    `ranks`: those that hold the rest of each matrix, where the weights are a share.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, kernels: Kernels, ranks: Collective | None = None
+    ) -> None:
         self.config = config
         self._ops = kernels.ops
         tensors = weights.tensors
-        self._embed, self._norm = tensors.pop("embed"), tensors.pop("norm")
-        self._head = kernels.pack(tensors.pop("head"), None)
-        self._layers = [_take_layer(tensors, layer, kernels) for layer in range(config.num_layers)]
-        self._table = rope_table(config, self._embed.device, tensors.pop("rope_factors", None))
+        # A stage of several may lack what only the first or the last one needs.
+        self._embed, self._norm = tensors.pop("embed", None), tensors.pop("norm", None)
+        self._head = kernels.pack(tensors.pop("head"), None) if "head" in tensors else None
+        self._layers = [_take_layer(tensors, layer, kernels, ranks) for layer in range(config.num_layers)]
+        device = self._layers[0].attn_norm.device
+        self._table = rope_table(config, device, tensors.pop("rope_factors", None))
         scale = config.head_dim**-0.5
         self._variants = [AttentionVariant(scale, config.window(layer)) for layer in range(config.num_layers)]
 
     def embed(self, token_ids: torch.Tensor) -> Hidden:
         """token_ids [tokens] int64 → [tokens, hidden]."""
+        assert self._embed is not None, "only the first stage embeds"
         return functional.embedding(token_ids, self._embed), None
 
     def layers(self, hidden: Hidden, layers: range, batch: AttentionBatch, kv: torch.Tensor) -> Hidden:
@@ -74,6 +106,8 @@ class Model:
 
     def logits(self, hidden: Hidden, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocab] in float32 at `tokens` [n], indices into the batch."""
+        assert self._norm is not None, "only the last stage has logits"
+        assert self._head is not None, "only the last stage has logits"
         output, residual = hidden
         picked = None if residual is None else residual.index_select(0, tokens)
         normed, _ = self._ops.rms_norm(output.index_select(0, tokens), self._norm, self.config.rms_norm_eps, picked)
@@ -99,20 +133,25 @@ class Model:
         return q, k, v
 
 
-def _take_layer(tensors: dict[str, torch.Tensor], layer: int, kernels: Kernels) -> LayerWeights:
+def _take_layer(
+    tensors: dict[str, torch.Tensor], layer: int, kernels: Kernels, ranks: Collective | None
+) -> LayerWeights:
     def take(key: str) -> torch.Tensor | None:
         return tensors.pop(f"layers.{layer}.{key}", None)
 
     def pack(key: str) -> Linear:
         return kernels.pack(tensors.pop(f"layers.{layer}.{key}"), take(f"{key}_bias"))
 
+    def pack_summed(key: str) -> Linear:
+        return pack(key) if ranks is None else SummedLinear(pack(key), ranks)
+
     return LayerWeights(
         attn_norm=tensors.pop(f"layers.{layer}.attn_norm"),
         qkv=pack("qkv"),
-        o=pack("o"),
+        o=pack_summed("o"),
         mlp_norm=tensors.pop(f"layers.{layer}.mlp_norm"),
         gate_up=pack("gate_up"),
-        down=pack("down"),
+        down=pack_summed("down"),
         q_norm=take("q_norm"),
         k_norm=take("k_norm"),
     )

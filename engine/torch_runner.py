@@ -2,10 +2,13 @@
 
     event loop    run ──────────────── on_layers ─ on_layers ─ … ─ returns    (export, import of other blocks meanwhile)
                    │                       ▲           ▲              ▲
-    the thread     └ copies │ layer group ─┘ │ group ──┘ │ … │ sample ┘
+    the thread     └ copies │ layer group ─┘ │ group ──┘ │ … │ sample ┘ copies │ layer group …    (the next run)
+
+A second run may be asked for while one is under way. It waits in the thread's queue, so it begins the moment the first
+has drawn its tokens, whatever the event loop is busy with; tokens that it follows are read from the draws just made.
 
 A run that is cancelled still waits for the thread: `run` never lets go while a forward pass may read or write blocks,
-so whoever awaited it can free them at once.
+so whoever awaited all runs can free their blocks at once.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from engine.batch import Batch, KVLayout, LayerListener, StepOutput
+from engine.batch import Batch, KVLayout, LayerListener, Row, StepOutput
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.sampler import Sampler
@@ -46,6 +49,8 @@ class TorchRunner:
         self._sampler = sampler
         self._device = device
         self._layer_group = layer_group
+        # What the batch before drew, in the order that `Row.follows` counts in. Only the thread touches it.
+        self._drawn: list[int] = []
         initializer = (lambda: torch.set_num_threads(threads)) if threads else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=initializer)
 
@@ -54,14 +59,16 @@ class TorchRunner:
         return self._cache.layout
 
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
-        """Runs one forward pass. When cancelled, waits for the pass to end and only then raises CancelledError."""
+        """See Runner. When cancelled, waits for the pass to end and only then raises CancelledError. A pass that has
+        not begun is called off."""
         loop = asyncio.get_running_loop()
 
         def publish(first: int, end: int) -> None:
             if on_layers is not None:
                 loop.call_soon_threadsafe(on_layers, first, end)
 
-        forward = loop.run_in_executor(self._thread, self.run_now, batch, publish)
+        queued = self._thread.submit(self.run_now, batch, publish)
+        forward = asyncio.wrap_future(queued)
         # Callbacks are queued on the loop in order, so every on_layers comes before the future's own completion.
         cancelled = False
         while not forward.done():
@@ -69,18 +76,27 @@ class TorchRunner:
                 await asyncio.wait([forward])
             except asyncio.CancelledError:
                 cancelled = True
+                queued.cancel()
         if cancelled:
             # The result is nobody's any more; an error is still taken note of, or asyncio would complain.
-            forward.exception()
+            if not forward.cancelled():
+                forward.exception()
             raise asyncio.CancelledError
         return forward.result()
 
     def run_now(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """The forward pass itself, in the calling thread, which also makes the calls of `on_layers`."""
         with torch.inference_mode():
-            logits = self.logits(batch, on_layers)
-            drawn = iter(self._sampler.sample(logits, [row.sample for row in batch.rows if row.sample is not None]))
-            return StepOutput(tuple(() if row.sample is None else next(drawn) for row in batch.rows))
+            try:
+                logits = self.logits(batch, on_layers)
+                drawn = self._sampler.sample(logits, [row.sample for row in batch.rows if row.sample is not None])
+            except BaseException:
+                # Or the next batch would follow what an older one drew.
+                self._drawn = []
+                raise
+            self._drawn = [sampled.token_id for row in drawn for sampled in row]
+            each = iter(drawn)
+            return StepOutput(tuple(() if row.sample is None else next(each) for row in batch.rows))
 
     def logits(self, batch: Batch, on_layers: LayerListener | None = None) -> torch.Tensor:
         """Runs the model; [rows that sample, vocab] float32, at each such row's last token."""
@@ -115,7 +131,7 @@ class TorchRunner:
             self.layout.block_size,
             self._device,
         )
-        hidden = self._model.embed(self._tensor([token_id for row in batch.rows for token_id in row.token_ids]))
+        hidden = self._model.embed(self._token_ids(batch.rows))
         for first in range(0, self.layout.num_layers, self._layer_group):
             end = min(first + self._layer_group, self.layout.num_layers)
             hidden = self._model.layers(hidden, range(first, end), attention, self._cache.tensor)
@@ -126,6 +142,16 @@ class TorchRunner:
         ends = [span.query_start + span.query_count - 1 for span in attention.spans]
         sampling = [end for end, row in zip(ends, batch.rows, strict=True) if row.sample is not None]
         return self._model.logits(hidden, self._tensor(sampling))
+
+    def _token_ids(self, rows: Sequence[Row]) -> torch.Tensor:
+        """[tokens] int64: the rows' tokens, those that follow the batch before among them."""
+        token_ids: list[int] = []
+        for row in rows:
+            if row.follows is None:
+                token_ids += row.token_ids
+            else:
+                token_ids.append(self._drawn[row.follows])
+        return self._tensor(token_ids)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

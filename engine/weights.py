@@ -14,6 +14,10 @@
     rope_factors              [head_dim / 2], float32                        where rope_scaling.kind is "factors"
 
 q, k, v and gate, up are stored fused, because one wide matrix product beats three narrow ones.
+
+A rank of several (engine/shard.py) gets its share under the same names, layers numbered from 0: its heads' rows of qkv
+and columns of o, its columns' rows of gate_up and columns of down, its rows of head; embed on the first stage, norm and
+head on the last.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from engine.gguf_file import GGUFFile, unpermute
 from engine.hf_folder import HFFolder
 from engine.model_config import ModelConfig, from_gguf, from_hf
 from engine.model_source import ModelFiles
+from engine.shard import Shard, whole
 
 # Enough to tell two fine-tunes apart (they move every matrix), little enough to cost nothing.
 DIGEST_ELEMENTS_PER_TENSOR = 64
@@ -166,12 +171,14 @@ def open_weights(files: ModelFiles) -> WeightSource:
     return GGUFWeights(files) if files.kind == "gguf" else HFWeights(files)
 
 
-def load_weights(source: WeightSource, dtype: torch.dtype, device: torch.device) -> Weights:
+def load_weights(source: WeightSource, dtype: torch.dtype, device: torch.device, shard: Shard | None = None) -> Weights:
     """Reads, checks, casts and fuses every tensor the config asks for; others in the file are ignored.
 
+    A `shard` gets its share of them, but the same digest: that is of the whole model.
     Raises ModelFileError naming a tensor that is missing or has another shape than the config implies.
     """
     config = source.config
+    shard = shard or whole(config)
     expected = expected_parts(config)
     for parts in expected.values():
         for part in parts:
@@ -181,17 +188,19 @@ def load_weights(source: WeightSource, dtype: torch.dtype, device: torch.device)
     digest = blake2b(digest_size=16)
     tensors = {}
     for key, parts in expected.items():
-        target = _empty(key, parts, dtype, device)
-        first_row = 0
+        name = _local_name(key, config, shard)
+        pieces = []
         for part in parts:
             tensor = source.read(part)
             step = max(1, tensor.numel() // DIGEST_ELEMENTS_PER_TENSOR)
             digest.update(tensor.flatten()[::step].to(torch.float32).numpy().tobytes())
-            target[first_row : first_row + part.shape[0]].copy_(tensor)
-            first_row += part.shape[0]
-        tensors[key] = target
-    if config.tie_embeddings:
-        tensors["head"] = tensors["embed"]
+            if name is not None:
+                pieces.append(_share(tensor, part, name, config, shard))
+        if name is not None:
+            tensors[name] = _fuse(name, pieces, dtype, device)
+    if config.tie_embeddings and shard.is_last and shard.is_first:
+        embed, rows = tensors["embed"], shard.vocab
+        tensors["head"] = embed if len(rows) == len(embed) else embed[rows.start : rows.stop]
     return Weights(tensors, digest.hexdigest())
 
 
@@ -200,7 +209,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, seed: int, device: t
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for key, parts in expected_parts(config).items():
-        target = _empty(key, parts, dtype, device)
+        target = _empty(key, [part.shape for part in parts], dtype, device)
         if key.endswith("norm") or key == "rope_factors":
             target.fill_(1.0)
         else:
@@ -248,11 +257,49 @@ def expected_parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
     return expected
 
 
-def _empty(key: str, parts: tuple[Part, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    rows = sum(part.shape[0] for part in parts)
+def _local_name(key: str, config: ModelConfig, shard: Shard) -> str | None:
+    """What a shard calls a tensor, or None when another stage holds it."""
+    match = LAYER_KEY.fullmatch(key)
+    if match is not None:
+        layer = int(match[1])
+        return f"layers.{layer - shard.layers.start}.{match[2]}" if layer in shard.layers else None
+    if key == "embed" and not shard.is_first:
+        # A tied head is the same file tensor.
+        return "head" if config.tie_embeddings and shard.is_last else None
+    return None if key in ("norm", "head") and not shard.is_last else key
+
+
+def _share(tensor: torch.Tensor, part: Part, name: str, config: ModelConfig, shard: Shard) -> torch.Tensor:
+    """The piece of one file tensor that a shard holds, as a view."""
+    match part.key.rpartition(".")[2].removesuffix("_bias"):
+        case "q":
+            return tensor[shard.heads.start * config.head_dim : shard.heads.stop * config.head_dim]
+        case "k" | "v":
+            return tensor[shard.kv_heads.start * config.head_dim : shard.kv_heads.stop * config.head_dim]
+        case "o":
+            return tensor[:, shard.heads.start * config.head_dim : shard.heads.stop * config.head_dim]
+        case "gate" | "up":
+            return tensor[shard.columns.start : shard.columns.stop]
+        case "down":
+            return tensor[:, shard.columns.start : shard.columns.stop]
+    return tensor[shard.vocab.start : shard.vocab.stop] if name == "head" else tensor
+
+
+def _fuse(name: str, pieces: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The pieces one below the other, cast."""
+    target = _empty(name, [tuple(piece.shape) for piece in pieces], dtype, device)
+    first_row = 0
+    for piece in pieces:
+        target[first_row : first_row + len(piece)].copy_(piece)
+        first_row += len(piece)
+    return target
+
+
+def _empty(key: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    rows = sum(shape[0] for shape in shapes)
     # Rotary angles reach thousands of radians: in 16 bits they would be noise.
     dtype = torch.float32 if key == "rope_factors" else dtype
-    return torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+    return torch.empty((rows, *shapes[0][1:]), dtype=dtype, device=device)
 
 
 def _file_name(key: str, names: dict[str, str], layers: str) -> str:

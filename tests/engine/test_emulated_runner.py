@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.planning import virtual_loop
-from engine.batch import Batch, KVLayout, Row, SampleSpec
+from engine.batch import PENDING_TOKEN, Batch, KVLayout, Row, SampleSpec
 from engine.emulated_runner import EmulatedRunner
 from engine.errors import TransferFailed
 from engine.sampling import SamplingParams
@@ -247,18 +248,91 @@ def test_blocks_of_a_running_batch_are_not_imported_into():
     def receive(*_):
         emulated.import_blocks((2,), 0, range(4), 4, payload, "uint64")
 
-    with pytest.raises(AssertionError, match=r"KV is received into blocks \[2\], which the running batch uses"):
+    with pytest.raises(AssertionError, match=r"KV is received into blocks \[2\], which a batch under way uses"):
         run(emulated, row(PROMPT, 0, (0, 1, 2)), on_layers=receive)
 
 
-def test_two_batches_at_once_are_refused():
+def test_blocks_of_a_waiting_batch_are_not_imported_into():
+    emulated = runner()
+    payload = memoryview(emulated.export_blocks((5,), range(4), 4))
+
+    async def main():
+        first = asyncio.create_task(emulated.run(Batch((row(PROMPT, 0, (0, 1, 2)),))))
+        second = asyncio.create_task(emulated.run(Batch((row(PROMPT, 0, (7, 8, 9)),))))
+        await asyncio.sleep(0.001)
+        for block_id in (2, 8):
+            with pytest.raises(AssertionError, match="which a batch under way uses"):
+                emulated.import_blocks((block_id,), 0, range(4), 4, payload, "uint64")
+        await first
+        emulated.import_blocks((2,), 0, range(4), 4, payload, "uint64")
+        await second
+        emulated.import_blocks((8,), 0, range(4), 4, payload, "uint64")
+
+    virtual_loop.run(main())
+
+
+def pending(start: int, follows: int, step: int, seq_id: str = "a") -> Row:
+    return Row(seq_id, (PENDING_TOKEN,), start, (0, 1, 2, 3), SampleSpec(GREEDY, 0, step), follows)
+
+
+def test_a_batch_waits_for_the_one_before_and_follows_its_draws():
+    emulated = runner()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        told = []
+        batches = [
+            Batch((row([9] * 5, 0, (10, 11), seq_id="other"), row(PROMPT, 0, (0, 1, 2)))),
+            Batch((pending(11, 1, 1),)),
+            Batch((pending(12, 0, 2),)),
+        ]
+        first, second = (
+            asyncio.create_task(emulated.run(batch, lambda *layers: told.append((layers, round(loop.time(), 6)))))
+            for batch in batches[:2]
+        )
+        outs = [await first]
+        third = asyncio.create_task(emulated.run(batches[2]))
+        outs += [await second, await third]
+        assert [out.sampled[-1][0].token_id for out in outs] == emulated.expected_tokens(PROMPT, GREEDY, 0, 0, 3)
+        return told
+
+    # 16 tokens take 16 ms and one takes 1 ms, each in two groups of layers.
+    assert virtual_loop.run(main()) == [((0, 2), 0.008), ((2, 4), 0.016), ((0, 2), 0.0165), ((2, 4), 0.017)]
+
+
+@pytest.mark.parametrize(
+    ("follower", "text"),
+    [
+        (pending(11, 1, 1), "a follows draw 1, the batch before made 1"),
+        (pending(11, 0, 1, "b"), "b at 11 follows a draw of a at 11"),
+        (pending(12, 0, 1), "a at 12 follows a draw of a at 11"),
+        (replace(pending(11, 0, 1), follows=None), "a: a token that nobody has drawn"),
+        (replace(pending(11, 0, 1), token_ids=(5,)), r"a: \(5,\) and a draw besides"),
+    ],
+)
+def test_rows_that_follow_another_draw_than_their_own_are_refused(follower: Row, text: str):
+    emulated = runner()
+    run(emulated, row(PROMPT, 0, (0, 1, 2)))
+    with pytest.raises(AssertionError, match=text):
+        run(emulated, follower)
+
+
+def test_a_draw_is_followed_by_the_next_batch_only():
+    emulated = runner()
+    run(emulated, row(PROMPT, 0, (0, 1, 2)))
+    run(emulated, row([9] * 5, 0, (10, 11), seq_id="other", sample=False))
+    with pytest.raises(AssertionError, match="a follows draw 0, the batch before made 0"):
+        run(emulated, pending(11, 0, 1))
+
+
+def test_three_batches_at_once_are_refused():
     emulated = runner()
 
     async def main():
         batch = Batch((row(PROMPT, 0, (0, 1, 2)),))
-        await asyncio.gather(emulated.run(batch), emulated.run(batch))
+        await asyncio.gather(*(emulated.run(batch) for _ in range(3)))
 
-    with pytest.raises(AssertionError, match="a second batch was started while one is under way"):
+    with pytest.raises(AssertionError, match="a third batch was started while two are under way"):
         virtual_loop.run(main())
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
-from engine.batch import Batch, Row, SampleSpec
+from engine.batch import PENDING_TOKEN, Batch, Row, SampleSpec
 from engine.config import EngineConfig
 from engine.engine import load_engine
 from engine.kv_cache import KVCache
@@ -25,7 +26,7 @@ from tests.tiny_models import GREEDY, generate, make_runner, prefill, prompt_of,
 
 GREEDY_FIRST = SampleSpec(GREEDY, 0, 0)
 OPEN = 1000
-TORCH = choose_kernels(torch.device("cpu"), torch.float32, "dense", "torch")
+KERNELS = choose_kernels(torch.device("cpu"), torch.float32, "dense", "auto")
 SEEDED = SamplingParams(temperature=1.5, repetition_penalty=1.2)
 
 
@@ -49,10 +50,10 @@ class GatedModel(Model):
 def make_gated(files: ModelFiles) -> tuple[TorchRunner, GatedModel]:
     source = open_weights(files)
     cpu = torch.device("cpu")
-    model = GatedModel(source.config, load_weights(source, torch.float32, cpu), TORCH)
+    model = GatedModel(source.config, load_weights(source, torch.float32, cpu), KERNELS)
     model.entered, model.gate = threading.Event(), threading.Semaphore(0)
     plain = make_runner(files)
-    cache = KVCache(plain.layout, cpu, TORCH.ops)
+    cache = KVCache(plain.layout, cpu, KERNELS.ops)
     sampler = Sampler(source.config.vocab_size, ())
     return TorchRunner(model, cache, sampler, device=cpu, layer_group=1, threads=1), model
 
@@ -123,6 +124,70 @@ async def test_cancelling_waits_for_the_forward_pass(files: ModelFiles) -> None:
         await run
     # The thread is free again and the runner sound.
     assert len((await runner.run(one_row())).sampled[0]) == 1
+    await runner.close()
+
+
+def chain(length: int = 9, block_ids: Sequence[int] = range(8)) -> list[Batch]:
+    """A prompt, and two steps that follow it; a second sequence draws before it in each batch."""
+    other = [Row("o", prompt_of(4), 0, [20, 21], GREEDY_FIRST), Row("o", (3,), 4, [20, 21], GREEDY_FIRST)]
+    ahead = Row("s", (PENDING_TOKEN,), length, block_ids, replace(GREEDY_FIRST, step=1), follows=1)
+    last = replace(ahead, start=length + 1, sample=replace(GREEDY_FIRST, step=2), follows=0)
+    return [Batch((other[0], *one_row(length).rows)), Batch((ahead, other[1])), Batch((last,))]
+
+
+async def test_a_run_that_follows_one_under_way_takes_its_draws(files: ModelFiles) -> None:
+    runner, model = make_gated(files)
+    plain = make_runner(files)
+    expected = await generate(plain, prompt_of(9), 3)
+    told: list[tuple[int, int, int]] = []
+    batches = chain()
+    runs = [
+        asyncio.create_task(runner.run(batch, lambda *layers, number=number: told.append((number, *layers))))
+        for number, batch in enumerate(batches[:2])
+    ]
+    await until(model.entered)
+    assert told == []
+    model.gate.release(OPEN)
+    outs = [await run for run in runs]
+    # The run before need not be under way any more.
+    outs.append(await runner.run(batches[2]))
+    drawn = [outs[0].sampled[1], outs[1].sampled[0], outs[2].sampled[0]]
+    assert [sampled.token_id for (sampled,) in drawn] == expected
+    assert told == [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2)], "one batch after the other"
+    await runner.close()
+    await plain.close()
+
+
+async def test_a_run_that_follows_a_failed_one_fails(files: ModelFiles) -> None:
+    runner = make_runner(files)
+    await runner.run(chain()[0])
+    bad = asyncio.create_task(runner.run(Batch((Row("s", [97], 0, [0], None),))))
+    ahead = asyncio.create_task(runner.run(chain()[1]))
+    for run in (bad, ahead):
+        with pytest.raises(IndexError):
+            await run
+    await runner.close()
+
+
+async def test_cancelling_two_runs_waits_for_the_one_that_runs_and_calls_the_other_off(files: ModelFiles) -> None:
+    runner, model = make_gated(files)
+    passes = 0
+
+    def count(first: int, end: int) -> None:
+        nonlocal passes
+        passes += 1
+
+    runs = [asyncio.create_task(runner.run(batch, count)) for batch in chain()[:2]]
+    await until(model.entered)
+    for run in runs:
+        run.cancel()
+    await asyncio.sleep(0.01)
+    assert [run.done() for run in runs] == [False, True]
+    model.gate.release(OPEN)
+    with pytest.raises(asyncio.CancelledError):
+        await runs[0]
+    assert len((await runner.run(one_row(), count)).sampled[0]) == 1
+    assert passes == 2 + 2, "two layers of the first run, none of the second, two of the last"
     await runner.close()
 
 

@@ -1,0 +1,162 @@
+// Cuts a matrix product into tiles and hands them to the threads.
+#include "linear.h"
+
+#include <cstdlib>
+
+#include "pool.h"
+
+namespace tandem {
+namespace {
+
+constexpr long kChunkBytes = 8 << 20;   // packed x that is multiplied at once: a part of the last-level cache
+constexpr long kPieceBytes = 640 << 10;  // packed x that is walked panel by panel: most of a core's L2
+constexpr long kRangeBytes = 192 << 10;  // of a panel per tile: stays in L2 while blocks are walked
+constexpr long kAheadBytes = 4096;      // how far ahead to fetch where every panel byte is used once
+constexpr long kTasksPerThread = 8;     // enough to even out, few enough to stream long runs
+constexpr long kPackAlone = 32 << 10;   // bytes that are packed faster than a second thread wakes up
+
+long ceil_divide(long a, long b) { return (a + b - 1) / b; }
+
+// Grows, never shrinks; 64-byte aligned.
+class Scratch {
+  public:
+    ~Scratch() { std::free(bytes_); }
+    char* at_least(long size) {
+        if (size > size_) {
+            std::free(bytes_);
+            size_ = (size + 4095) / 4096 * 4096;
+            bytes_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+            if (!bytes_) std::abort();
+        }
+        return bytes_;
+    }
+
+  private:
+    char* bytes_ = nullptr;
+    long size_ = 0;
+};
+
+thread_local Scratch packed_rows;  // of the calling thread: calls of several threads do not meet
+thread_local Scratch partial_sums;
+
+// `total` in `count` shares of at most `most`, which differ by at most one, the larger ones first.
+struct Shares {
+    Shares(long total, long most) : count(ceil_divide(total, most)), smaller(total / count), larger_count(total % count) {}
+    long first(long share) const { return share * smaller + (share < larger_count ? share : larger_count); }
+    long size(long share) const { return smaller + (share < larger_count); }
+    long count, smaller, larger_count;
+};
+
+// One call, or the part of it whose packed rows are kChunkBytes.
+class Chunk {
+  public:
+    Chunk(const LinearArgs& args, const LinearKernel& kernel, long first_row, long rows)
+        : args_(args),
+          kernel_(kernel),
+          first_row_(first_row),
+          blocks_(rows, kernel.max_rows),
+          steps_(ceil_divide(args.in_features, kernel.values_per_step)),
+          block_bytes_((steps_ * kernel.row_bytes_per_step * (blocks_.smaller + 1) + 127) / 64 * 64),
+          panel_bytes_(steps_ * kernel.panel_bytes_per_step),
+          panels_(ceil_divide(args.out_features, kColumns)) {}
+
+    void run() {
+        packed_ = pack();
+        const long pieces = ceil_divide(blocks_.count * block_bytes_, kPieceBytes);
+        const long wanted = kTasksPerThread * threads();
+        if (blocks_.count == 1) {
+            const long panels_per_task = panels_ / wanted > 1 ? panels_ / wanted : 1;
+            parallel_for(ceil_divide(panels_, panels_per_task), [&](long task, int) {
+                const long end = (task + 1) * panels_per_task;
+                for (long panel = task * panels_per_task; panel < end && panel < panels_; ++panel) multiply(panel, 0, 1);
+            });
+            return;
+        }
+        long cuts = ceil_divide(wanted, panels_);
+        if (cuts < pieces) cuts = pieces;
+        if (cuts > blocks_.count) cuts = blocks_.count;
+        parallel_for(cuts * panels_, [&](long task, int) {
+            const long cut = task / panels_, panel = task % panels_;
+            multiply(panel, blocks_.count * cut / cuts, blocks_.count * (cut + 1) / cuts);
+        });
+    }
+
+  private:
+    const char* pack() {
+        // One row of whole lanes is packed as it is.
+        if (blocks_.count == 1 && blocks_.smaller == 1 && args_.format <= kWeightBfloat16 &&
+            args_.in_features % kernel_.values_per_step == 0) {
+            const long element = args_.element == kFloat32 ? 4 : 2;
+            return static_cast<const char*>(args_.x) + first_row_ * args_.x_stride * element;
+        }
+        char* packed = packed_rows.at_least(blocks_.count * block_bytes_);
+        const auto pack_block = [&](long block, int) {
+            kernel_.pack(args_, first_row_ + blocks_.first(block), blocks_.size(block), packed + block * block_bytes_);
+        };
+        if (blocks_.count * block_bytes_ <= kPackAlone) {
+            for (long block = 0; block < blocks_.count; ++block) pack_block(block, 0);
+        } else {
+            parallel_for(blocks_.count, pack_block);
+        }
+        return packed;
+    }
+
+    // All blocks of [begin, end) times one panel.
+    void multiply(long panel, long begin, long end) const {
+        const long element = args_.element == kFloat32 ? 4 : 2;
+        const long column = panel * kColumns, columns = args_.out_features - column;
+        Tile tile;
+        tile.bias = args_.bias ? args_.bias + column : nullptr;
+        tile.lanes[0] = first_lanes(columns);
+        tile.lanes[1] = first_lanes(columns - 16);
+        tile.y_stride = args_.y_stride;
+        tile.element = args_.element;
+        tile.ahead_step = kernel_.panel_bytes_per_step / (end - begin);
+        const Shares ranges(steps_, kRangeBytes / kernel_.panel_bytes_per_step);
+        // With one range no sums outlive their tile: all use the same few lines, which then stay in L1.
+        const long partial_stride = ranges.count == 1 ? 0 : kernel_.max_rows * kColumns;
+        const long partial_floats = partial_stride * (end - begin - 1) + kernel_.max_rows * kColumns;
+        float* partial = reinterpret_cast<float*>(partial_sums.at_least(partial_floats * sizeof(float)));
+        for (long range = 0; range < ranges.count; ++range) {
+            const long step = ranges.first(range);
+            tile.steps = ranges.size(range);
+            tile.panel = static_cast<const char*>(args_.weights) + panel * panel_bytes_ +
+                         step * kernel_.panel_bytes_per_step;
+            tile.first = range == 0;
+            tile.last = range + 1 == ranges.count;
+            const long range_bytes = tile.steps * kernel_.panel_bytes_per_step;
+            const long ahead = end - begin == 1 && range_bytes > kAheadBytes ? kAheadBytes : range_bytes;
+            for (long block = begin; block < end; ++block) {
+                const long rows = blocks_.size(block);
+                tile.block = packed_ + block * block_bytes_ + step * kernel_.row_bytes_per_step * rows;
+                tile.ahead = tile.panel + ahead + (block - begin) * tile.steps * tile.ahead_step;
+                tile.partial = partial + (block - begin) * partial_stride;
+                tile.y = static_cast<char*>(args_.y) +
+                         ((first_row_ + blocks_.first(block)) * args_.y_stride + column) * element;
+                kernel_.tiles[rows](tile);
+            }
+        }
+    }
+
+    const LinearArgs& args_;
+    const LinearKernel& kernel_;
+    const long first_row_;
+    const Shares blocks_;
+    const long steps_, block_bytes_, panel_bytes_, panels_;
+    const char* packed_ = nullptr;
+};
+
+}  // namespace
+}  // namespace tandem
+
+void tandem_linear(const LinearArgs* args) {
+    using namespace tandem;
+    if (args->rows <= 0 || args->out_features <= 0) return;
+    const LinearKernel& kernel = args->format <= kWeightBfloat16 ? dense_kernel(*args) : integer_kernel(*args);
+    const long row_bytes = ceil_divide(args->in_features, kernel.values_per_step) * kernel.row_bytes_per_step;
+    const long most = kChunkBytes / row_bytes > kernel.max_rows ? kChunkBytes / row_bytes : kernel.max_rows;
+    const Shares chunks(args->rows, most);
+    for (long chunk = 0; chunk < chunks.count; ++chunk) {
+        Chunk(*args, kernel, chunks.first(chunk), chunks.size(chunk)).run();
+    }
+}
