@@ -25,8 +25,10 @@ from cluster.registry import WorkerReport
 from cluster.registry_server import send_heartbeat
 from cluster.served_model import served_name
 from cluster.worker_spec import WorkerSpec
+from decode_worker.config import DecodeConfig
 from decode_worker.server import decode_service
 from decode_worker.worker import DecodeWorker
+from engine.device_runner import DeviceRunner
 from engine.engine import Engine, check_ranks, load_engine
 from engine.errors import TandemError
 from engine.model_source import ModelFiles, Report, resolve, silent
@@ -123,7 +125,7 @@ async def _worker(
     transport = GrpcPrefillTransport()
     decode = DecodeWorker(
         engine.runner,
-        config.decode,
+        _decode_config(config.decode, engine),
         transport,
         worker_id=spec.worker_id,
         eos_token_ids=frozenset(engine.model.eos_token_ids),
@@ -134,6 +136,13 @@ async def _worker(
         yield decode, decode_service(decode)
     finally:
         await transport.close()
+
+
+def _decode_config(config: DecodeConfig, engine: Engine) -> DecodeConfig:
+    """With what depends on the device filled in."""
+    if config.schedule_ahead != "auto":
+        return config
+    return config.model_copy(update={"schedule_ahead": isinstance(engine.runner, DeviceRunner)})
 
 
 @dataclass(slots=True)

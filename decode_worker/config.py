@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -16,3 +18,6 @@ class DecodeConfig(BaseModel):
     )
     max_queued: int = Field(512, ge=1, description="Most requests accepted and unfinished; one more is refused.")
     max_transfers: int = Field(32, ge=1, description="Most KV streams open at once.")
+    schedule_ahead: bool | Literal["auto"] = Field(
+        "auto", description="Schedule the next step while one runs. auto: where a GPU computes, and Python does not."
+    )

@@ -8,17 +8,20 @@ that cannot grow takes the blocks of the youngest one, which is recomputed later
 that waits while nothing runs takes the prefix that the youngest puller has pinned (demotion: that one is computed
 here). So the oldest request always gets on, whatever the others hold.
 
-Blocks are given back only in `schedule`, between steps; everything else may be called while a step runs.
+A step may be scheduled while another is under way. It then goes on from tokens that are not drawn yet (`ahead.py`); a
+choice that turns out to have ended has a row for nothing. Blocks go back in `schedule` and `complete`, once no step
+under way may name them (`flight.py`), so preemption and demotion wait until there is none. All else may come any time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from decode_worker.ahead import going_on, most_blocks
 from decode_worker.config import DecodeConfig
+from decode_worker.flight import DecodeBatch, Flight, Reached
+from decode_worker.rows import chunk_row, decode_row
 from decode_worker.sequence import Choice, ChoiceState, Request, RequestState
-from decode_worker.stream import Delta, Done, Event
-from engine.batch import Batch, Row, Sampled, SampleSpec, StepOutput
+from decode_worker.stream import Event
+from engine.batch import Batch, Row, Sampled, StepOutput
 from engine.block_pool import BlockPool
 from engine.chunking import next_chunk
 from engine.errors import InvalidArgument, Overloaded
@@ -26,14 +29,9 @@ from engine.slack_queue import SlackQueue
 
 # An event, and the request that it belongs to.
 Emission = tuple[Request, Event]
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeBatch:
-    """What to run, and whose rows they are, in row order."""
-
-    batch: Batch
-    choices: tuple[Choice, ...]
+# Rows of a batch, and what copy-on-write owes before it.
+Rows = list[tuple[Row, Choice]]
+Copies = list[tuple[int, int]]
 
 
 class DecodeScheduler:
@@ -50,7 +48,7 @@ class DecodeScheduler:
         self._waiting: list[Choice] = []  # COMPUTING, without blocks yet
         self._computing: list[Choice] = []  # COMPUTING, all blocks reserved
         self._running: list[Choice] = []
-        self._leaving: list[str] = []  # table owners to be freed between steps
+        self._flight = Flight(pool)
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -70,7 +68,7 @@ class DecodeScheduler:
 
     @property
     def is_empty(self) -> bool:
-        return not (self._requests or self._leaving)
+        return not (self._requests or self._flight.is_anybody_leaving)
 
     # ── a request comes, and gets its prompt's KV ────────────────────────────────────────────────────────────────────
 
@@ -143,7 +141,7 @@ class DecodeScheduler:
                 self.pool.fork(lead.owner, choice.owner)
             self._run(choice)
         if lead.state is ChoiceState.FINISHED:
-            self._leaving.append(lead.owner)
+            self._flight.leave(lead.owner)
 
     def withdraw(self, request: Request) -> None:
         """The request ends, finished or not: nothing more is computed for it. Its blocks stay until `give_back`."""
@@ -155,34 +153,44 @@ class DecodeScheduler:
             group[:] = [choice for choice in group if choice.request is not request]
 
     def give_back(self, request: Request) -> None:
-        """A withdrawn request's blocks, which nobody writes any more, go back at the next `schedule`."""
-        self._leaving += [choice.owner for choice in request.choices]
+        """A withdrawn request's blocks, into which no KV is received any more, go back after the steps under way."""
+        for choice in request.choices:
+            self._flight.leave(choice.owner)
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def release(self) -> None:
-        """Gives back the blocks of whoever has left. Only between steps."""
-        for owner in self._leaving:
-            if self.pool.owns(owner):
-                self.pool.free(owner)
-        self._leaving.clear()
-
-    def schedule(self, now: float) -> DecodeBatch | None:
-        """The next batch, None when there is nothing to compute. Call only between steps."""
-        self.release()
-        copies: list[tuple[int, int]] = []
-        rows = self._decode_rows(copies, now)
-        self._admit(now)
-        rows += self._chunk_rows()
+    def schedule(self) -> DecodeBatch | None:
+        """The next batch, None when there is nothing to compute, or nothing yet. At most one other may be under way,
+        returned from here and not yet completed; this one runs after it."""
+        self._flight.release()
+        reached = self._flight.reached()
+        copies: Copies = []
+        rows = self._rows_ahead(reached, copies) if self._flight.is_under_way else self._decode_rows(copies)
+        if rows is None:
+            return None
+        self._admit()
+        rows += self._chunk_rows(reached)
         if not rows:
             return None
-        return DecodeBatch(Batch(tuple(row for row, _ in rows), tuple(copies)), tuple(choice for _, choice in rows))
+        batch = DecodeBatch(Batch(tuple(row for row, _ in rows), tuple(copies)), tuple(choice for _, choice in rows))
+        self._flight.launch(batch)
+        return batch
+
+    def starts(self, batch: DecodeBatch, now: float) -> None:
+        """Takes down that a scheduled step starts to run: at once, or when the one before it has been completed."""
+        for choice in batch.choices:
+            if choice.state is ChoiceState.RUNNING:
+                choice.request.times.decode_starts(now)
+        for choice in self._computing:
+            choice.request.times.compute_starts(now)
 
     def complete(self, batch: DecodeBatch, out: StepOutput, now: float) -> list[Emission]:
-        """Books a finished step; returns the tokens that it gave. Requests that left meanwhile are passed over."""
+        """Books the oldest step under way, which has ended; returns the tokens that it gave. Requests that left
+        meanwhile, and choices that had ended before, are passed over: their KV is never named in the prefix cache."""
+        self._flight.land(batch)
         events: list[Emission] = []
         for row, choice, sampled in zip(batch.batch.rows, batch.choices, out.sampled, strict=True):
-            if choice.request.is_dropped:
+            if choice.request.is_dropped or choice.state is ChoiceState.FINISHED:
                 continue
             choice.computed = row.end
             self.pool.seal(choice.owner, choice.token_ids, row.end)
@@ -197,13 +205,15 @@ class DecodeScheduler:
                 self._computing.remove(choice)
                 self._run(choice)
             events += self._add(choice, sampled[0], now)
+        self._flight.release()
         return events
 
-    def make_room(self, now: float) -> list[Request]:
+    def make_room(self) -> list[Request]:
         """When everybody waits: takes back pinned prefixes, the youngest first, until the oldest can have its blocks.
 
-        Call between steps, after `grant`. Returns the pulls to be closed; those requests are computed here instead.
+        Call while no step is under way, after `grant`. Returns pulls to be closed; their requests are computed here.
         """
+        assert not self._flight.is_under_way, "somebody may have blocks after the step under way"
         demoted: list[Request] = []
         while self._is_stuck():
             oldest = min(self._needy(), key=lambda request: request.serial)
@@ -218,7 +228,7 @@ class DecodeScheduler:
             youngest.preemptions += 1
             self._compute_here(youngest)
             demoted.append(youngest)
-            self._admit(now)
+            self._admit()
         return demoted
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +238,7 @@ class DecodeScheduler:
 
     def _is_stuck(self) -> bool:
         """True when somebody waits for blocks, nobody can have them, and nobody is going to give any back."""
-        if self._running or self._computing or self._leaving or not self._needy():
+        if self._running or self._computing or self._flight.is_anybody_leaving or not self._needy():
             return False
         if any(request.state is RequestState.RECEIVING for request in self._pulling.values()):
             return False
@@ -259,6 +269,7 @@ class DecodeScheduler:
         self._running.append(choice)
 
     def _preempt(self, choice: Choice) -> None:
+        assert not self._flight.is_under_way, f"{choice.owner} would lose blocks that a step under way may use"
         self._running.remove(choice)
         self.pool.free(choice.owner)
         choice.move(ChoiceState.COMPUTING)
@@ -266,28 +277,43 @@ class DecodeScheduler:
         choice.request.preemptions += 1
         self._waiting.append(choice)
 
-    def _decode_rows(self, copies: list[tuple[int, int]], now: float) -> list[tuple[Row, Choice]]:
-        rows: list[tuple[Row, Choice]] = []
-        self._running.sort(key=lambda choice: (choice.request.serial, choice.index))
-        position = 0
-        while position < min(len(self._running), self._config.max_batch):
-            choice = self._running[position]
-            appended = self.pool.append(choice.owner, 1)
-            if appended is None:
+    def _decode_rows(self, copies: Copies) -> Rows:
+        rows: Rows = []
+        self._running.sort(key=Choice.age)
+        while len(rows) < min(len(self._running), self._config.max_batch):
+            row = self._decode_row(self._running[len(rows)], None, copies)
+            if row is None:
                 # The youngest gives way. It comes after this one, or is this one: rows made so far stay valid.
                 self._preempt(self._running[-1])
-                continue
-            copies += appended.copies
-            times = choice.request.times
-            times.first_step_s = now if times.first_step_s is None else times.first_step_s
-            start = len(choice.token_ids) - 1
-            rows.append((self._row(choice, start, choice.token_ids[start:]), choice))
-            position += 1
+            else:
+                rows.append(row)
         return rows
 
-    def _admit(self, now: float) -> None:
+    def _rows_ahead(self, reached: dict[Choice, Reached], copies: Copies) -> Rows | None:
+        choices = going_on(self._running, self._computing, reached, self._max_context)
+        if choices is None:
+            return None
+        del choices[self._config.max_batch :]
+        if most_blocks(choices, reached, self.pool.block_size) > self.pool.available_count:
+            return None
+        rows: Rows = []
+        for choice in choices:
+            row = self._decode_row(choice, reached.get(choice), copies)
+            assert row is not None, f"{choice.owner} takes a block more than was reckoned with"
+            rows.append(row)
+        return rows
+
+    def _decode_row(self, choice: Choice, reached: Reached | None, copies: Copies) -> tuple[Row, Choice] | None:
+        """None when the choice needs a block and there is none."""
+        appended = self.pool.append(choice.owner, 1)
+        if appended is None:
+            return None
+        copies += appended.copies
+        return decode_row(choice, self.pool.table(choice.owner), reached), choice
+
+    def _admit(self) -> None:
         """Gives blocks to choices that are to be computed here, oldest first, all that they need at once."""
-        self._waiting.sort(key=lambda choice: (choice.request.serial, choice.index))
+        self._waiting.sort(key=Choice.age)
         while self._waiting:
             choice = self._waiting[0]
             cached = self.pool.new(choice.owner, choice.token_ids, choice.request.submit.salt)
@@ -296,51 +322,29 @@ class DecodeScheduler:
                 self.pool.free(choice.owner)
                 return
             choice.computed = cached
-            request = choice.request
-            if request.times.compute_started_s is None and request.times.first_token_s is None:
-                request.times.compute_started_s = now
-                request.cached_tokens = cached
+            if not choice.request.times.is_prompt_started:
+                choice.request.cached_tokens = cached
             self._computing.append(self._waiting.pop(0))
 
-    def _chunk_rows(self) -> list[tuple[Row, Choice]]:
+    def _chunk_rows(self, reached: dict[Choice, Reached]) -> Rows:
         budget = self._config.local_token_budget
-        rows: list[tuple[Row, Choice]] = []
+        rows: Rows = []
         for choice in self._computing:
-            count = next_chunk(choice.computed, len(choice.token_ids), budget, self.pool.block_size)
+            start = reached[choice].end if choice in reached else choice.computed
+            count = next_chunk(start, len(choice.token_ids), budget, self.pool.block_size)
             if count:
-                tokens = choice.token_ids[choice.computed : choice.computed + count]
-                rows.append((self._row(choice, choice.computed, tokens), choice))
+                rows.append((chunk_row(choice, self.pool.table(choice.owner), start, count), choice))
                 budget -= count
         return rows
-
-    def _row(self, choice: Choice, start: int, tokens: list[int]) -> Row:
-        submit = choice.request.submit
-        sample = None
-        if start + len(tokens) == len(choice.token_ids):
-            is_prompt = choice.request.state is RequestState.LOCAL
-            history = choice.token_ids if submit.params.needs_history else []
-            sample = SampleSpec(
-                params=submit.params,
-                seed=submit.seed,
-                step=choice.output_count,
-                choices=tuple(range(submit.params.n)) if is_prompt else (choice.index,),
-                prompt_ids=history[: choice.prompt_tokens],
-                output_ids=history[choice.prompt_tokens :],
-            )
-        return Row(choice.owner, tuple(tokens), start, self.pool.table(choice.owner), sample)
 
     def _add(self, choice: Choice, drawn: Sampled, now: float) -> list[Emission]:
         request = choice.request
         request.times.last_token_s = now
-        matched = choice.add(drawn, self._eos_token_ids, self._max_context)
-        delta = Delta(request.submit.request_id, choice.index, (drawn,), choice.finish_reason, matched)
+        delta = choice.add(drawn, self._eos_token_ids, self._max_context)
         if choice.finish_reason is None:
             return [(request, delta)]
         if choice.state is ChoiceState.RUNNING:
             self._running.remove(choice)
-            self._leaving.append(choice.owner)
+            self._flight.leave(choice.owner)
         choice.move(ChoiceState.FINISHED)
-        if not request.is_finished:
-            return [(request, delta)]
-        done = Done(request.submit.request_id, request.cached_tokens, request.receipt())
-        return [(request, delta), (request, done)]
+        return [(request, delta), (request, request.done())] if request.is_finished else [(request, delta)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from decode_worker.stream import Submit
+from decode_worker.stream import Delta, Done, Submit
 from engine.batch import Sampled
 from engine.request import FinishReason, Receipt
 
@@ -72,6 +72,19 @@ class Timeline:
     remote_queue_s: float = 0.0
     remote_prefill_s: float = 0.0
 
+    @property
+    def is_prompt_started(self) -> bool:
+        """False until the prompt is computed here, or was elsewhere."""
+        return self.compute_started_s is not None or self.first_token_s is not None
+
+    def compute_starts(self, now: float) -> None:
+        if not self.is_prompt_started:
+            self.compute_started_s = now
+
+    def decode_starts(self, now: float) -> None:
+        if self.first_step_s is None:
+            self.first_step_s = now
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -109,6 +122,9 @@ class Request:
             f"{self.key} cannot go from {self.state.name} to {state.name}"
         )
         self.state = state
+
+    def done(self) -> Done:
+        return Done(self.submit.request_id, self.cached_tokens, self.receipt())
 
     def receipt(self) -> Receipt:
         """What the workers know of where the time went; the gateway adds the rest."""
@@ -153,6 +169,10 @@ class Choice:
         """Name of this choice's table in the block pool."""
         return f"{self.request.key}/{self.index}"
 
+    def age(self) -> tuple[int, int]:
+        """Sorts choices, the oldest first."""
+        return self.request.serial, self.index
+
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.submit.token_ids)
@@ -167,14 +187,19 @@ class Choice:
         )
         self.state = state
 
-    def add(self, drawn: Sampled, eos_token_ids: frozenset[int], max_context: int) -> int | None:
-        """Appends a drawn token; sets `finish_reason` if it is the last. Returns the token when it is a stop token."""
+    def add(self, drawn: Sampled, eos_token_ids: frozenset[int], max_context: int) -> Delta:
+        """Appends a drawn token, and says so; sets `finish_reason` if it is the last."""
         params = self.request.submit.params
         self.token_ids.append(drawn.token_id)
         is_eos = drawn.token_id in eos_token_ids and not params.ignore_eos
-        if is_eos or drawn.token_id in params.stop_token_ids:
+        matched = drawn.token_id if is_eos or drawn.token_id in params.stop_token_ids else None
+        if matched is not None:
             self.finish_reason = FinishReason.STOP
-            return drawn.token_id
-        if self.output_count >= params.max_tokens or len(self.token_ids) >= max_context:
+        elif self.ends_by_length(0, max_context):
             self.finish_reason = FinishReason.LENGTH
-        return None
+        return Delta(self.request.submit.request_id, self.index, (drawn,), self.finish_reason, matched)
+
+    def ends_by_length(self, more: int, max_context: int) -> bool:
+        """Whether `more` tokens make the answer as long as it may be."""
+        max_tokens = self.request.submit.params.max_tokens
+        return self.output_count + more >= max_tokens or len(self.token_ids) + more >= max_context

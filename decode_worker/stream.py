@@ -59,7 +59,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """All choices of a request have finished and its blocks are given back. `cached_tokens`: prompt tokens whose KV
+    """All choices of a request have finished and its blocks go back. `cached_tokens`: prompt tokens whose KV
     came from a prefix cache on either side. In `receipt` only what the worker side knows is filled in."""
 
     request_id: str

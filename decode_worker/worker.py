@@ -4,6 +4,11 @@
     pull tasks ──── news ───────────▶ inbox    complete ◀─────── one token per running choice
     gateway stream ◀─ one frame per step and gateway ◀──┘
 
+With `schedule_ahead` the next step is scheduled, and handed to the runner, while one is under way:
+
+    loop      schedule 2 ── complete 1 ─ schedule 3 ── complete 2 ─ schedule 4 ── …
+    runner    1 ─────────▶│ 2 ─────────────────────▶│ 3 ─────────────────────▶│ …
+
 The attached stream's generator is the lease on all of its requests: however it ends, they are cancelled.
 """
 
@@ -16,8 +21,10 @@ from dataclasses import dataclass
 
 from decode_worker import pull as pulling
 from decode_worker.config import DecodeConfig
+from decode_worker.flight import DecodeBatch
+from decode_worker.pipeline import Pipeline
 from decode_worker.pull import Arrived, Began, Ended, First, Pull
-from decode_worker.scheduler import DecodeBatch, DecodeScheduler, Emission
+from decode_worker.scheduler import DecodeScheduler, Emission
 from decode_worker.sequence import Request, Timeline
 from decode_worker.session import Session
 from decode_worker.stream import Cancel, Command, Done, Event, Failed, Submit, TokenFrame
@@ -25,7 +32,6 @@ from engine.batch import Runner
 from engine.block_pool import BlockPool
 from engine.errors import DeadlineExceeded, InvalidArgument, TandemError
 from engine.inbox import INBOX_LIMIT, Inbox
-from engine.running_average import RunningAverage
 from engine.stats import LoopStats
 from kvtransfer.transport import PrefillCall, PrefillTransport
 
@@ -83,9 +89,7 @@ class DecodeWorker:
         self._open: set[Pull] = set()  # every pull whose task has not told Ended yet
         self._serial = 0
         self._session_count = 0
-        self._steps = 0
-        self._step_s = RunningAverage()
-        self._tokens_per_s = RunningAverage()
+        self._pipeline = Pipeline(runner, config.schedule_ahead is True)
 
     async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
         """One gateway's stream. Closing the generator cancels all that came by it, within one step."""
@@ -101,7 +105,7 @@ class DecodeWorker:
             await asyncio.wait([reader])
 
     async def run(self) -> None:
-        """The loop. Runs until cancelled; a step under way and open pulls are awaited first."""
+        """The loop. Runs until cancelled; steps under way and open pulls are awaited first."""
         try:
             while True:
                 self._inbox.drain(self._handle)
@@ -110,6 +114,7 @@ class DecodeWorker:
             tasks = [pull.task for pull in self._open if pull.task is not None]
             for task in tasks:
                 task.cancel()
+            await self._pipeline.call_off()
             if tasks:
                 await asyncio.wait(tasks)
 
@@ -122,9 +127,9 @@ class DecodeWorker:
             blocks_free=self._pool.available_count,
             blocks_cached=self._pool.cached_count,
             block_size=self._pool.block_size,
-            steps=self._steps,
-            prefill_tokens_per_s=self._tokens_per_s.value,
-            decode_step_s=self._step_s.value,
+            steps=self._pipeline.steps,
+            prefill_tokens_per_s=self._pipeline.tokens_per_s.value,
+            decode_step_s=self._pipeline.step_s.value,
         )
 
     def check_empty(self) -> None:
@@ -137,36 +142,49 @@ class DecodeWorker:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _turn(self) -> None:
-        loop = asyncio.get_running_loop()
-        batch = self._scheduler.schedule(loop.time())
+        """Schedules a step and, when the runner has all that it may have, waits for the oldest."""
+        if not self._pipeline.is_empty:
+            is_running = await self._inbox.serve_while(self._pipeline.almost_over(), self._handle)
+            if not is_running:
+                await self._land()
+                return
+        batch = self._scheduler.schedule()
         self._open_pulls()
         self._grant()
         if batch is not None:
-            await self._step(batch)
-            return
-        demoted = self._scheduler.make_room(loop.time())
+            await self._launch(batch)
+        elif not self._pipeline.is_empty:
+            await self._land()
+        else:
+            await self._rest()
+
+    async def _launch(self, batch: DecodeBatch) -> None:
+        if self._pipeline.is_empty:
+            self._scheduler.starts(batch, asyncio.get_running_loop().time())
+        await self._pipeline.launch(batch)
+        if not self._pipeline.has_room:
+            await self._land()
+
+    async def _land(self) -> None:
+        """Waits for the oldest step, reading mail meanwhile, and books it."""
+        await self._inbox.serve_while(self._pipeline.oldest_ended(), self._handle)
+        batch, out, now = self._pipeline.land()
+        self._emit(self._scheduler.complete(batch, out, now))
+        if (running := self._pipeline.running) is not None:
+            self._scheduler.starts(running, now)
+            # What has just become free is not kept waiting for the next `schedule`, which is a step away.
+            self._open_pulls()
+            self._grant()
+
+    async def _rest(self) -> None:
+        """Nothing can be computed: makes room for somebody, or waits for mail."""
+        demoted = self._scheduler.make_room()
         for request in demoted:
             self._close_pull(self._live[request.key])
         if not demoted:
             if not self._live:
                 self._pool.check()
             await self._inbox.wait()
-
-    async def _step(self, batch: DecodeBatch) -> None:
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        out = await self._inbox.serve_while(self._runner.run(batch.batch), self._handle)
-        self._steps += 1
-        now = loop.time()
-        self._measure(batch, now - start)
-        self._emit(self._scheduler.complete(batch, out, now))
-
-    def _measure(self, batch: DecodeBatch, step_s: float) -> None:
-        prompt_tokens = batch.batch.token_count - len(batch.batch.rows)
-        if prompt_tokens:
-            self._tokens_per_s.add(batch.batch.token_count / max(step_s, 1e-9))
-        else:
-            self._step_s.add(step_s)
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -180,7 +198,7 @@ class DecodeWorker:
                     if isinstance(command, Cancel):
                         self._inbox.put(_Command(session, command))
                     else:
-                        session.push(self._steps, [Failed(command.request_id, error)])
+                        session.push(self._pipeline.steps, [Failed(command.request_id, error)])
         except TandemError as error:
             logger.info("token stream %s broke: %s", session.name, error)
         finally:
@@ -221,7 +239,7 @@ class DecodeWorker:
                 raise InvalidArgument("prompt", "no tokens", "at least one token")
             self._scheduler.submit(request, now)
         except TandemError as error:
-            session.push(self._steps, [Failed(submit.request_id, error)])
+            session.push(self._pipeline.steps, [Failed(submit.request_id, error)])
             return
         live = _Live(request, session)
         if deadline is not None:
@@ -305,12 +323,12 @@ class DecodeWorker:
             if isinstance(event, Done):
                 finished.append(live)
         for session, events in per_session.items():
-            session.push(self._steps, events)
+            session.push(self._pipeline.steps, events)
         for live in finished:
             self._drop(live)
 
     def _fail(self, live: _Live, error: TandemError) -> None:
-        live.session.push(self._steps, [Failed(live.request.submit.request_id, error)])
+        live.session.push(self._pipeline.steps, [Failed(live.request.submit.request_id, error)])
         self._drop(live)
 
     def _drop(self, live: _Live) -> None:

@@ -31,6 +31,15 @@ class EngineConfig(BaseModel):
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of a rank's forward pass; 0: torch's choice, shared by the ranks."
     )
+    cpus: tuple[int, ...] = Field(
+        (), description="CPUs that the threads of forward passes are bound to, one each; none: the system's choice."
+    )
+    graph_rows: int = Field(
+        256, ge=0, le=4096, description="Largest decode batch that a GPU replays as a recorded graph; 0: none."
+    )
+    graph_chunks: tuple[int, ...] = Field(
+        (256, 512, 1024, 2048), description="Prompt chunks, in tokens, that a GPU replays as recorded graphs."
+    )
     tensor_parallel: int = Field(
         1, ge=1, le=64, description="Ranks that split every layer of a worker: processes, each with its own GPU."
     )

@@ -6,7 +6,9 @@ leader, `load_follower` on the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Literal
 
@@ -14,20 +16,21 @@ import torch
 
 from engine.batch import KVLayout
 from engine.config import EngineConfig
+from engine.device_runner import DeviceRunner
 from engine.errors import ConfigError
 from engine.kv_cache import DTYPES, KVCache, count_blocks
-from engine.model import Model
 from engine.model_config import ModelConfig
 from engine.model_source import ModelFiles
 from engine.parallel_model import ParallelModel
 from engine.parallel_runner import LeaderRunner, ParallelRunner
 from engine.rank_follower import RankFollower
 from engine.ranks import Ranks
+from engine.runners import make_runner
 from engine.sampler import Sampler
 from engine.shard import Shard, local_config, shards
 from engine.torch_runner import TorchRunner
 from engine.weights import Weights, load_weights, open_weights
-from kernels.choice import choose_kernels
+from kernels.choice import Kernels, choose_kernels
 
 # Not part of what a model computes from the same tokens: two workers may differ in these.
 NOT_IN_FINGERPRINT = ("name", "max_context", "eos_token_ids")
@@ -38,7 +41,7 @@ class Engine:
     """One worker's model, loaded, and the runner that executes it. `runner.layout` says what came of the config."""
 
     model: ModelConfig
-    runner: TorchRunner | ParallelRunner
+    runner: TorchRunner | DeviceRunner | ParallelRunner
     files: ModelFiles
 
 
@@ -59,7 +62,7 @@ def load_engine(config: EngineConfig, files: ModelFiles, ranks: Ranks | None = N
             ranks,
             device=share.device,
             layer_group=config.layer_group,
-            threads=share.threads,
+            bind=share.bind,
         )
         ranks.join(share.identity, share.device)
         return Engine(share.config, ParallelRunner(share.layout, share.shards, local, ranks), files)
@@ -87,10 +90,9 @@ def load_follower(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> Rank
         Sampler(share.config.vocab_size, share.config.eos_token_ids),
         device=share.device,
         layer_group=config.layer_group,
-        threads=share.threads,
     )
     ranks.join(share.identity, share.device)
-    return RankFollower(runner, share.model, ranks, device=share.device, threads=share.threads)
+    return RankFollower(runner, share.model, ranks, device=share.device, bind=share.bind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +105,7 @@ class Share:
     model: ParallelModel
     cache: KVCache
     device: torch.device
-    threads: int
+    bind: Callable[[], None]
 
     @property
     def identity(self) -> str:
@@ -126,7 +128,8 @@ def load_share(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> Share:
     num_blocks = min(count_blocks(each, config.kv_cache_bytes, config.block_size, dtype) for each in configs)
     weights = load_weights(source, DTYPES[dtype], device, split[rank])
     layout = make_layout(config, model, fingerprint(model, weights), num_blocks, dtype)
-    kernels = choose_kernels(device, DTYPES[dtype], config.weight_format, config.kernels)
+    kernels = kernels_for(config, device, dtype)
+    threads = config.threads or (max(1, torch.get_num_threads() // config.ranks) if device.type == "cpu" else 0)
     local = replace(layout, num_layers=configs[rank].num_layers, num_kv_heads=configs[rank].num_kv_heads)
     return Share(
         config=model,
@@ -135,24 +138,34 @@ def load_share(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> Share:
         model=ParallelModel(model, weights, kernels, ranks, split),
         cache=KVCache(local, device, kernels.ops),
         device=device,
-        threads=config.threads or (max(1, torch.get_num_threads() // config.ranks) if device.type == "cpu" else 0),
+        bind=partial(kernels.bind, threads, config.cpus[rank :: config.ranks]),
     )
 
 
 def build_runner(
     config: EngineConfig, model: ModelConfig, weights: Weights, num_blocks: int, dtype: str, device: torch.device
-) -> TorchRunner:
+) -> TorchRunner | DeviceRunner:
     """A runner over weights that are already in memory, real or random."""
-    layout = make_layout(config, model, fingerprint(model, weights), num_blocks, dtype)
-    kernels = choose_kernels(device, DTYPES[dtype], config.weight_format, config.kernels)
-    return TorchRunner(
-        Model(model, weights, kernels),
-        KVCache(layout, device, kernels.ops),
-        Sampler(model.vocab_size, model.eos_token_ids),
-        device=device,
+    kernels = kernels_for(config, device, dtype)
+    return make_runner(
+        model,
+        weights,
+        kernels,
+        make_layout(config, model, fingerprint(model, weights), num_blocks, dtype),
+        device,
         layer_group=config.layer_group,
-        threads=config.threads,
+        bind=partial(kernels.bind, config.threads, config.cpus),
+        graph_rows=config.graph_rows,
+        graph_chunks=config.graph_chunks,
     )
+
+
+def kernels_for(config: EngineConfig, device: torch.device, dtype: str) -> Kernels:
+    """Raises ConfigError for a weight format that the device does not take."""
+    try:
+        return choose_kernels(device, DTYPES[dtype], config.weight_format, config.kernels)
+    except ValueError as error:
+        raise ConfigError(f"weight_format: got {config.weight_format!r}, {error}") from error
 
 
 def make_layout(config: EngineConfig, model: ModelConfig, name: str, num_blocks: int, dtype: str) -> KVLayout:

@@ -10,7 +10,7 @@ failed in a pass, ranks may be out of step, and every later call raises RankLost
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,9 +37,9 @@ class LeaderRunner(TorchRunner):
         *,
         device: torch.device,
         layer_group: int,
-        threads: int,
+        bind: Callable[[], None],
     ) -> None:
-        super().__init__(model, cache, sampler, device=device, layer_group=layer_group, threads=threads)
+        super().__init__(model, cache, sampler, device=device, layer_group=layer_group, bind=bind)
         self._parallel_model = model
         self._ranks = ranks
         self.problem: BaseException | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Thread
 
 import torch
@@ -14,18 +15,25 @@ from engine.torch_runner import TorchRunner
 
 
 class RankFollower:
-    """One rank, loaded and joined. `threads`: CPU threads of a forward pass, 0 for torch's own choice."""
+    """One rank, loaded and joined. `bind`: as in TorchRunner, called in the thread that follows."""
 
     def __init__(
-        self, runner: TorchRunner, model: ParallelModel, ranks: Ranks, *, device: torch.device, threads: int
+        self,
+        runner: TorchRunner,
+        model: ParallelModel,
+        ranks: Ranks,
+        *,
+        device: torch.device,
+        bind: Callable[[], None],
     ) -> None:
         self._runner, self._model, self._ranks = runner, model, ranks
-        self._device, self._threads = device, threads
+        self._device, self._bind = device, bind
 
     def follow(self) -> None:
         """Runs in the calling thread until the leader says stop. Raises RankLost when the leader or another rank is
         gone, and whatever a forward pass raised: then this process must end, and the leader's with it."""
         self._settle()
+        self._bind()
         blocks = Thread(target=self._serve_blocks, name="blocks", daemon=True)
         blocks.start()
         try:
@@ -50,5 +58,3 @@ class RankFollower:
         """What torch keeps per thread."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        if self._threads:
-            torch.set_num_threads(self._threads)

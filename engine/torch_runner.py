@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ from kernels.attention_batch import build_attention_batch
 class TorchRunner:
     """See `Runner` in engine/batch.py for the contract.
 
-    `layer_group`: layers between two calls of `on_layers`. `threads`: CPU threads of a forward pass, 0 for torch's own
-    choice; torch keeps one such number for the whole process.
+    `layer_group`: layers between two calls of `on_layers`. `bind` is called once in the thread, before any pass: it may
+    say how many CPU threads compute, and where.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TorchRunner:
         *,
         device: torch.device,
         layer_group: int,
-        threads: int = 0,
+        bind: Callable[[], None] | None = None,
     ) -> None:
         assert layer_group > 0, "a layer group holds at least one layer"
         self._model = model
@@ -51,8 +52,7 @@ class TorchRunner:
         self._layer_group = layer_group
         # What the batch before drew, in the order that `Row.follows` counts in. Only the thread touches it.
         self._drawn: list[int] = []
-        initializer = (lambda: torch.set_num_threads(threads)) if threads else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=initializer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=bind)
 
     @property
     def layout(self) -> KVLayout:
@@ -67,22 +67,7 @@ class TorchRunner:
             if on_layers is not None:
                 loop.call_soon_threadsafe(on_layers, first, end)
 
-        queued = self._thread.submit(self.run_now, batch, publish)
-        forward = asyncio.wrap_future(queued)
-        # Callbacks are queued on the loop in order, so every on_layers comes before the future's own completion.
-        cancelled = False
-        while not forward.done():
-            try:
-                await asyncio.wait([forward])
-            except asyncio.CancelledError:
-                cancelled = True
-                queued.cancel()
-        if cancelled:
-            # The result is nobody's any more; an error is still taken note of, or asyncio would complain.
-            if not forward.cancelled():
-                forward.exception()
-            raise asyncio.CancelledError
-        return forward.result()
+        return await wait_out(self._thread.submit(self.run_now, batch, publish))
 
     def run_now(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """The forward pass itself, in the calling thread, which also makes the calls of `on_layers`."""
@@ -155,6 +140,29 @@ class TorchRunner:
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+async def wait_out(*steps: Future[Any]) -> StepOutput:
+    """The first one's result. When cancelled, calls off what has not begun and waits for the rest, and only then raises
+    CancelledError: as long as a pass may read or write blocks, nobody else may have them."""
+    waiting = [asyncio.wrap_future(step) for step in steps]
+    cancelled = False
+    # Callbacks are queued on the loop in order, so every on_layers comes before the future's own completion.
+    while not all(step.done() for step in waiting):
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            cancelled = True
+            for step in steps:
+                step.cancel()
+    for ended in waiting:
+        if not ended.cancelled():
+            # Taken note of even where nobody wants it, or asyncio would complain.
+            ended.exception()
+    if cancelled:
+        raise asyncio.CancelledError
+    result: StepOutput = waiting[0].result()
+    return result
 
 
 def _nobody(first: int, end: int) -> None:

@@ -87,11 +87,11 @@ class Gateway:
 
 @asynccontextmanager
 async def scene(
-    num_blocks: int = 64, **limits: int
+    num_blocks: int = 64, decode_runner: EmulatedRunner | None = None, **limits: int
 ) -> AsyncIterator[tuple[ScriptedTransport, DecodeWorker, Gateway, EmulatedRunner]]:
     """Both loops running, one gateway attached; at the end everything must be empty on both sides."""
     transport = ScriptedTransport()
-    decode_runner = runner(num_blocks)
+    decode_runner = decode_runner or runner(num_blocks)
     worker = DecodeWorker(
         decode_runner,
         DecodeConfig(**limits),

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 
 from cluster.planning import virtual_loop
 from decode_worker.stream import Cancel, Delta, Done, Failed
+from decode_worker.worker import DecodeWorker
+from engine.emulated_runner import EmulatedRunner
 from engine.errors import CorruptFrame, DeadlineExceeded, InvalidArgument, LayoutMismatch, Overloaded, Unavailable
 from engine.request import FinishReason
 from engine.sampling import SamplingParams
-from tests.decode_worker.scripted import PHASES, Gateway, scene
+from tests.decode_worker import scripted
+from tests.decode_worker.scripted import PHASES, Gateway, ScriptedTransport
 from tests.emulated import submit
 
 LONG = SamplingParams(temperature=0.0, max_tokens=100)
+Scene = Callable[..., AbstractAsyncContextManager[tuple[ScriptedTransport, DecodeWorker, Gateway, EmulatedRunner]]]
+
+
+@pytest.fixture(params=[False, True], ids=["step by step", "ahead"])
+def scene(request: pytest.FixtureRequest) -> Scene:
+    """Everything holds whether or not steps are scheduled ahead."""
+    return functools.partial(scripted.scene, schedule_ahead=request.param)
 
 
 def tokens_of(gateway: Gateway, request_id: str = "r", choice: int = 0) -> tuple[int, ...]:
@@ -29,7 +42,7 @@ def ends_of(gateway: Gateway) -> list[Done | Failed]:
 @pytest.mark.parametrize("address", ["p", ""], ids=["pulled", "local"])
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 30])
-def test_the_right_tokens_come(address: str, n: int, length: int) -> None:
+def test_the_right_tokens_come(scene: Scene, address: str, n: int, length: int) -> None:
     async def main() -> None:
         params = SamplingParams(temperature=1.0, n=n, max_tokens=9)
         async with scene() as (_, _, gateway, runner):
@@ -45,7 +58,7 @@ def test_the_right_tokens_come(address: str, n: int, length: int) -> None:
 
 @pytest.mark.parametrize("ending", ["cancel", "deadline", "detach"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_ending_a_request_in_any_phase_frees_both_sides(phase: str, ending: str) -> None:
+def test_ending_a_request_in_any_phase_frees_both_sides(scene: Scene, phase: str, ending: str) -> None:
     async def main() -> None:
         async with scene() as (transport, worker, gateway, _):
             transport.hold = PHASES[phase]
@@ -71,7 +84,7 @@ def test_ending_a_request_in_any_phase_frees_both_sides(phase: str, ending: str)
 
 @pytest.mark.parametrize("fault", [Unavailable("gone"), CorruptFrame("bad"), LayoutMismatch("other")], ids=repr)
 @pytest.mark.parametrize("phase", [phase for phase, hold in PHASES.items() if hold is not None])
-def test_a_broken_stream_fails_its_request_and_no_other(phase: str, fault: Exception) -> None:
+def test_a_broken_stream_fails_its_request_and_no_other(scene: Scene, phase: str, fault: Exception) -> None:
     async def main() -> None:
         async with scene() as (transport, _, gateway, runner):
             gateway.send(submit(10, "good", prefill_address="p"))
@@ -79,7 +92,7 @@ def test_a_broken_stream_fails_its_request_and_no_other(phase: str, fault: Excep
             transport.hold, transport.fault = PHASES[phase], fault  # type: ignore[assignment]
             gateway.send(submit(30, "bad", prefill_address="p"))
             await asyncio.sleep(2)
-            assert [(end.request_id, type(end)) for end in ends_of(gateway)] == [("good", Done), ("bad", Failed)]
+            assert {end.request_id: type(end) for end in ends_of(gateway)} == {"good": Done, "bad": Failed}
             assert next(end.error for end in ends_of(gateway) if isinstance(end, Failed)) is fault
             right = runner.expected_tokens(tuple(range(10)), submit(1).params, 0, 0, 8)
             assert tokens_of(gateway, "good") == tuple(right)
@@ -87,7 +100,7 @@ def test_a_broken_stream_fails_its_request_and_no_other(phase: str, fault: Excep
     virtual_loop.run(main())
 
 
-def test_a_frame_that_comes_twice_fails_the_request() -> None:
+def test_a_frame_that_comes_twice_fails_the_request(scene: Scene) -> None:
     async def main() -> None:
         async with scene() as (transport, _, gateway, _):
             transport.twice = True
@@ -100,7 +113,7 @@ def test_a_frame_that_comes_twice_fails_the_request() -> None:
     virtual_loop.run(main())
 
 
-def test_an_unreachable_prefill_worker_fails_the_request() -> None:
+def test_an_unreachable_prefill_worker_fails_the_request(scene: Scene) -> None:
     async def main() -> None:
         async with scene() as (_, _, gateway, _):
             gateway.send(submit(5, prefill_address="nowhere"))
@@ -112,7 +125,7 @@ def test_an_unreachable_prefill_worker_fails_the_request() -> None:
     virtual_loop.run(main())
 
 
-def test_what_is_cached_here_is_named_in_the_call_and_not_sent() -> None:
+def test_what_is_cached_here_is_named_in_the_call_and_not_sent(scene: Scene) -> None:
     async def main() -> None:
         async with scene() as (transport, _, gateway, _):
             for request_id in ("a", "b"):
@@ -126,7 +139,7 @@ def test_what_is_cached_here_is_named_in_the_call_and_not_sent() -> None:
     virtual_loop.run(main())
 
 
-def test_another_tenants_salt_shares_nothing() -> None:
+def test_another_tenants_salt_shares_nothing(scene: Scene) -> None:
     async def main() -> None:
         async with scene() as (transport, _, gateway, _):
             for request_id in ("a", "b"):
@@ -137,7 +150,7 @@ def test_another_tenants_salt_shares_nothing() -> None:
     virtual_loop.run(main())
 
 
-def test_one_frame_a_step_carries_all_sequences_of_a_gateway() -> None:
+def test_one_frame_a_step_carries_all_sequences_of_a_gateway(scene: Scene) -> None:
     async def main() -> None:
         async with scene(num_blocks=256) as (_, worker, gateway, _):
             for number in range(5):
@@ -150,7 +163,7 @@ def test_one_frame_a_step_carries_all_sequences_of_a_gateway() -> None:
     virtual_loop.run(main())
 
 
-def test_too_few_blocks_preempt_the_youngest_and_all_answers_stay_right() -> None:
+def test_too_few_blocks_preempt_the_youngest_and_all_answers_stay_right(scene: Scene) -> None:
     async def main() -> None:
         # 20 blocks of 4 tokens; four answers of 40 tokens need 48 blocks.
         params = SamplingParams(temperature=0.0, max_tokens=40)
@@ -168,7 +181,7 @@ def test_too_few_blocks_preempt_the_youngest_and_all_answers_stay_right() -> Non
     virtual_loop.run(main())
 
 
-def test_pinned_prefixes_give_way_to_the_oldest_that_waits() -> None:
+def test_pinned_prefixes_give_way_to_the_oldest_that_waits(scene: Scene) -> None:
     async def main() -> None:
         # "warm" leaves 10 cached blocks of 14; the next three pin them between them, so "big" could never have its 11.
         async with scene(num_blocks=14) as (_, _, gateway, runner):
@@ -188,7 +201,7 @@ def test_pinned_prefixes_give_way_to_the_oldest_that_waits() -> None:
 
 
 @pytest.mark.parametrize("address", ["p", ""], ids=["pulled", "local"])
-def test_a_first_token_that_ends_the_answer_ends_everything(address: str) -> None:
+def test_a_first_token_that_ends_the_answer_ends_everything(scene: Scene, address: str) -> None:
     async def main() -> None:
         async with scene() as (transport, worker, gateway, runner):
             stop = runner.expected_tokens(tuple(range(9)), LONG, 0, 0, 1)[0]
@@ -204,7 +217,7 @@ def test_a_first_token_that_ends_the_answer_ends_everything(address: str) -> Non
     virtual_loop.run(main())
 
 
-def test_bad_submits_are_refused_by_name_and_others_go_on() -> None:
+def test_bad_submits_are_refused_by_name_and_others_go_on(scene: Scene) -> None:
     async def main() -> None:
         async with scene(num_blocks=8, max_queued=2) as (_, _, gateway, _):
             gateway.send(submit([], "empty"))
@@ -226,7 +239,7 @@ def test_bad_submits_are_refused_by_name_and_others_go_on() -> None:
     virtual_loop.run(main())
 
 
-def test_a_receipt_accounts_for_the_whole_time() -> None:
+def test_a_receipt_accounts_for_the_whole_time(scene: Scene) -> None:
     async def main() -> None:
         async with scene() as (_, _, gateway, _):
             gateway.send(submit(30, prefill_address="p"))

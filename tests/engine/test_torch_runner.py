@@ -55,7 +55,7 @@ def make_gated(files: ModelFiles) -> tuple[TorchRunner, GatedModel]:
     plain = make_runner(files)
     cache = KVCache(plain.layout, cpu, KERNELS.ops)
     sampler = Sampler(source.config.vocab_size, ())
-    return TorchRunner(model, cache, sampler, device=cpu, layer_group=1, threads=1), model
+    return TorchRunner(model, cache, sampler, device=cpu, layer_group=1), model
 
 
 async def until(event: threading.Event) -> None:

@@ -7,7 +7,7 @@ from tests.sim.world import simulate
 
 @pytest.mark.parametrize("seed", range(200))
 def test_seed(seed: int):
-    simulate(seed, requests=35)
+    simulate(seed, requests=35, schedule_ahead=seed % 2 == 0)
 
 
 def test_five_hundred_requests():
@@ -18,7 +18,7 @@ def test_five_hundred_requests():
 
 
 def test_a_crowd_on_small_pools_is_preempted_and_still_gets_the_right_answers():
-    worlds = [simulate(seed, requests=60, rate_s=1000.0) for seed in range(6000, 6010)]
+    worlds = [simulate(seed, 60, rate_s=1000.0, schedule_ahead=seed % 2 == 0) for seed in range(6000, 6010)]
     receipts = [client.complete.receipt for world in worlds for client in world.clients if client.complete is not None]
     assert sum(receipt.preemptions for receipt in receipts) > 20
     assert any(not receipt.prefill_worker for receipt in receipts), "some prompts are computed where they are decoded"

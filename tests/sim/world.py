@@ -106,11 +106,12 @@ class WatchedRunner(EmulatedRunner):
 class World:
     """One run. `steps` and the like are there to show that a run did something."""
 
-    def __init__(self, seed: int, requests: int, rate_s: float | None = None) -> None:
+    def __init__(self, seed: int, requests: int, rate_s: float | None = None, schedule_ahead: bool = True) -> None:
         rng = random.Random(seed)
         self.shape = draw_shape(rng)
         self.clients = draw_clients(rng, requests, rate_s or rng.choice([5.0, 30.0, 100.0]))
         self._rng = rng
+        self._schedule_ahead = schedule_ahead
         self._by_id = {client.request.request_id: client for client in self.clients}
         shape = self.shape
         link = Link(shape.latency_s, shape.bandwidth_bytes_s, shape.window)
@@ -187,7 +188,10 @@ class World:
             token_budget=shape.token_budget, max_batch_prompts=shape.max_batch_prompts, max_frame_bytes=4096
         )
         decode_config = DecodeConfig(
-            max_batch=shape.max_batch, local_token_budget=shape.token_budget, max_transfers=shape.max_transfers
+            max_batch=shape.max_batch,
+            local_token_budget=shape.token_budget,
+            max_transfers=shape.max_transfers,
+            schedule_ahead=self._schedule_ahead,
         )
         prefill_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.prefill_block, shape.prefill_blocks)
         decode_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.decode_block, shape.decode_blocks)
@@ -242,14 +246,14 @@ class World:
         await report_forever(collect, send, changed=asyncio.Event(), rng=rng)
 
 
-def simulate(seed: int, requests: int, rate_s: float | None = None) -> World:
+def simulate(seed: int, requests: int, rate_s: float | None = None, schedule_ahead: bool = True) -> World:
     """Runs one seed to its end and checks everything; every failure says which seed it was."""
-    world = World(seed, requests, rate_s)
+    world = World(seed, requests, rate_s, schedule_ahead)
     try:
         virtual_loop.run(world.run())
         world.check_clients()
     except BaseException as error:
-        error.add_note(f"seed {seed}, {requests} requests, {world.shape}")
+        error.add_note(f"seed {seed}, {requests} requests, schedule_ahead={schedule_ahead}, {world.shape}")
         raise
     return world
 

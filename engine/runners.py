@@ -1,0 +1,56 @@
+"""Which runner executes a model: on a GPU the one that launches ahead and replays graphs, elsewhere the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.batch import KVLayout
+from engine.device_runner import DeviceRunner
+from engine.forward import Forward
+from engine.forward_graphs import CudaCapture, GraphedForward, padded_rows
+from engine.kv_cache import KVCache
+from engine.model import Model
+from engine.model_config import ModelConfig
+from engine.sampler import Sampler
+from engine.torch_runner import TorchRunner
+from kernels.choice import Kernels
+
+if TYPE_CHECKING:
+    from engine.weights import Weights
+
+
+def make_runner(
+    config: ModelConfig,
+    weights: Weights,
+    kernels: Kernels,
+    layout: KVLayout,
+    device: torch.device,
+    *,
+    layer_group: int,
+    bind: Callable[[], None] | None = None,
+    graph_rows: int = 0,
+    graph_chunks: Sequence[int] = (),
+) -> TorchRunner | DeviceRunner:
+    """Takes the tensors out of `weights`, and allocates the cache.
+
+    `graph_rows`, `graph_chunks`: the largest decode batch, and the prompt chunks, that a GPU runs as recorded graphs.
+    """
+    model, cache = Model(config, weights, kernels), KVCache(layout, device, kernels.ops)
+    if device.type == "cuda" and kernels.name == "triton":
+        # Imported here: where no GPU is, Triton need not be installed.
+        from engine.device_sampler import DeviceSampler
+
+        forward = GraphedForward(
+            Forward(model, cache.tensor, layer_group),
+            CudaCapture(),
+            layout.block_size,
+            padded_rows(graph_rows) if graph_rows else (),
+            graph_chunks,
+        )
+        device_sampler = DeviceSampler(config.vocab_size, config.eos_token_ids, device)
+        return DeviceRunner(forward, cache, device_sampler, device=device)
+    sampler = Sampler(config.vocab_size, config.eos_token_ids)
+    return TorchRunner(model, cache, sampler, device=device, layer_group=layer_group, bind=bind)
