@@ -35,7 +35,7 @@ class EngineConfig(BaseModel):
         (), description="CPUs that the threads of forward passes are bound to, one each; none: the system's choice."
     )
     graph_rows: int = Field(
-        256, ge=0, le=4096, description="Largest decode batch that a GPU replays as a recorded graph; 0: none."
+        256, ge=0, le=4096, description="Largest decode batch that is recorded once and replayed; 0: none."
     )
     graph_chunks: tuple[int, ...] = Field(
         (256, 512, 1024, 2048), description="Prompt chunks, in tokens, that a GPU replays as recorded graphs."

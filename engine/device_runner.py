@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.batch import Batch, KVLayout, LayerListener, Row, StepOutput
+from engine.forward import Forward
 from engine.forward_graphs import GraphedForward
 from engine.kv_cache import KVCache
 from engine.step_inputs import StepInputs, pack_step
@@ -46,7 +47,7 @@ class DeviceRunner:
     """See `Runner` in engine/batch.py for the contract. On a CPU it needs Triton's interpreter, and is for tests."""
 
     def __init__(
-        self, forward: GraphedForward, cache: KVCache, sampler: DeviceSampler, *, device: torch.device
+        self, forward: Forward | GraphedForward, cache: KVCache, sampler: DeviceSampler, *, device: torch.device
     ) -> None:
         self._forward = forward
         self._cache = cache
@@ -118,13 +119,13 @@ class DeviceRunner:
         rows = batch.rows
         shape = self._forward.shape_of(rows)
         pinned = self._device.type == "cuda"
-        inputs = pack_step(rows, self.layout.block_size, shape, pinned).on(self._device)
+        inputs = pack_step(rows, self.layout.block_size, shape, self._forward.vocab_size, pinned).on(self._device)
         self._follow(rows, inputs)
         specs = [row.sample for row in rows if row.sample is not None]
         prepared = self._sampler.prepare(specs)
         groups: list[tuple[int, int, torch.cuda.Event | None]] = []
         logits = self._forward.run(inputs, lambda first, end: groups.append((first, end, self._mark())))
-        drawn = self._sampler.launch(logits[: len(specs)], prepared)
+        drawn = self._sampler.launch(logits[: len(specs)].float(), prepared)
         self._drawn = drawn.token_ids
         return _Launched(tuple(groups), drawn, tuple(row.sample is not None for row in rows))
 

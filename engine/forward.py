@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from engine.batch import Row
 from engine.model import Hidden, Model
-from engine.step_inputs import StepInputs
+from engine.step_inputs import StepInputs, StepShape, shape_of
 
 # Called in the launching thread after layers [first, end) have been launched.
 AfterGroup = Callable[[int, int], None]
@@ -21,6 +22,18 @@ class Forward:
         self._model = model
         self._kv = kv
         self._layer_group = layer_group
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
+    def block_size(self) -> int:
+        return self._kv.shape[3]
+
+    def shape_of(self, rows: Sequence[Row]) -> StepShape:
+        """The shape to pack these rows into."""
+        return shape_of(rows, self.block_size)
 
     @property
     def groups(self) -> Iterator[range]:
@@ -38,7 +51,7 @@ class Forward:
         return self._model.logits(hidden, inputs.sampled)
 
     def run(self, inputs: StepInputs, after_group: AfterGroup) -> torch.Tensor:
-        """[samples, vocab] float32."""
+        """[samples, vocab] in the model's dtype."""
         hidden = self.embed(inputs)
         for layers in self.groups:
             hidden = self.group(hidden, layers, inputs)

@@ -1,8 +1,9 @@
-"""Forward passes recorded once and replayed: a GPU then gets hundreds of kernels by one call from the host.
+"""Forward passes recorded once and replayed: hundreds of kernels run by one call from Python.
 
 Two kinds of batch are recorded, each at its own shapes:
 
-    decode    every row brings one token and is sampled from; padded to the next of `decode_rows` rows
+    decode    every row brings one token and is sampled from; padded to the next of `decode_rows` rows (a CPU has them
+              all: there, padding costs more than another recording)
     chunk     one row of exactly one of `chunk_tokens` tokens; a recording per layer group, so that each is announced
 
 and every other batch runs as it is. Block tables are padded to the next power of two: with the shape, all that a kernel
@@ -11,9 +12,10 @@ gets from the host is fixed, and what differs from step to step lies in the pack
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 
@@ -21,39 +23,14 @@ from engine.batch import Row
 from engine.forward import AfterGroup, Forward
 from engine.model import Hidden
 from engine.step_inputs import StepInputs, StepShape, pack_step, shape_of, view_step
+from kernels.capture import Capture, NotRecordable
 
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
 # Padded sizes up to 16 double, beyond they grow by 16: at most 16 rows are computed for nothing.
 SMALL_ROWS = (1, 2, 4, 8, 16)
 # Block tables are at least this wide: 1,024 tokens of 16 to a block are one shape.
 MIN_BLOCKS = 64
-
-
-class Capture(Protocol):
-    """Records what `work` launches. Returns a function that launches it again, and what `work` returned: tensors that
-    every replay overwrites. `work` has run at least once for real when this returns."""
-
-    def __call__(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]: ...
-
-
-class CudaCapture:
-    """Records CUDA graphs that share one memory pool: they never run at the same time."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        # Compiles kernels and lets them choose their tile sizes, neither of which can be recorded.
-        work()
-        torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on exporting KV meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            result = work()
-        graph.replay()
-        return graph.replay, result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,23 +46,22 @@ class GraphedForward:
     """A Forward for one device that replays where it can. Not for several threads."""
 
     def __init__(
-        self,
-        forward: Forward,
-        capture: Capture,
-        block_size: int,
-        decode_rows: Sequence[int],
-        chunk_tokens: Sequence[int],
+        self, forward: Forward, capture: Capture, decode_rows: Sequence[int], chunk_tokens: Sequence[int] = ()
     ) -> None:
         self._forward = forward
         self._capture = capture
-        self._block_size = block_size
-        self._decode_rows = sorted(decode_rows)
+        self._block_size = forward.block_size
+        self._decode_rows = tuple(sorted(decode_rows))
         self._chunk_tokens = frozenset(chunk_tokens)
-        self._recordings: dict[StepShape, _Recording] = {}
+        self._recordings: dict[StepShape, _Recording | None] = {}  # None: cannot be recorded
+
+    @property
+    def vocab_size(self) -> int:
+        return self._forward.vocab_size
 
     @property
     def recorded_count(self) -> int:
-        return len(self._recordings)
+        return sum(recording is not None for recording in self._recordings.values())
 
     def shape_of(self, rows: Sequence[Row]) -> StepShape:
         """The shape to pack these rows into: padded where a recording serves them."""
@@ -93,22 +69,25 @@ class GraphedForward:
         shape = exact.attention
         blocks = max(MIN_BLOCKS, 1 << (shape.blocks - 1).bit_length())
         if shape.tokens == shape.rows == exact.samples:
-            fitting = [size for size in self._decode_rows if size >= shape.rows]
-            return exact.padded(fitting[0], blocks) if fitting else exact
+            index = bisect_left(self._decode_rows, shape.rows)
+            return exact if index == len(self._decode_rows) else exact.padded(self._decode_rows[index], blocks)
         if shape.rows == 1 and shape.tokens in self._chunk_tokens:
             return exact.padded(1, blocks)
         return exact
 
     def run(self, inputs: StepInputs, after_group: AfterGroup) -> torch.Tensor:
-        """As `Forward.run`. The logits of a replay are overwritten by the next one of the same shape."""
+        """As `Forward.run`. The logits of a replay are overwritten by the next one."""
         if not self._is_recordable(inputs.shape):
             return self._forward.run(inputs, after_group)
-        recording = self._recordings.get(inputs.shape)
+        if inputs.shape not in self._recordings:
+            self._recordings[inputs.shape] = recording = self._try_to_record(inputs)
+            if recording is not None:
+                for _, layers in recording.pieces:
+                    after_group(layers.start, layers.stop)
+                return recording.logits
+        recording = self._recordings[inputs.shape]
         if recording is None:
-            recording = self._recordings[inputs.shape] = self._record(inputs)
-            for _, layers in recording.pieces:
-                after_group(layers.start, layers.stop)
-            return recording.logits
+            return self._forward.run(inputs, after_group)
         recording.inputs.packed.copy_(inputs.packed, non_blocking=True)
         for replay, layers in recording.pieces:
             replay()
@@ -120,13 +99,20 @@ class GraphedForward:
         for size in self._decode_rows:
             blocks = max(MIN_BLOCKS, 1 << (max_blocks - 1).bit_length())
             shape = shape_of([_ANY], self._block_size).padded(size, blocks)
-            self.run(pack_step([], self._block_size, shape).on(device), _nobody)
+            self.run(pack_step([], self._block_size, shape, self.vocab_size).on(device), _nobody)
 
     def _is_recordable(self, shape: StepShape) -> bool:
         rows, tokens = shape.attention.rows, shape.attention.tokens
         if tokens == rows == shape.samples:
             return rows in self._decode_rows
         return rows == 1 and tokens in self._chunk_tokens
+
+    def _try_to_record(self, inputs: StepInputs) -> _Recording | None:
+        try:
+            return self._record(inputs)
+        except NotRecordable as problem:
+            logger.info("batches of %d rows are not recorded: %s", inputs.shape.attention.rows, problem)
+            return None
 
     def _record(self, inputs: StepInputs) -> _Recording:
         """Runs these inputs for real, and records the same."""

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as functional
 
 from engine.model_config import ModelConfig
 from engine.rope import rope_table
-from engine.weights import Weights
+from engine.weight_parts import Weights
 from kernels.attention_batch import AttentionBatch
 from kernels.attention_variant import AttentionVariant
 from kernels.choice import Kernels
@@ -30,7 +29,7 @@ from kernels.linear import Linear
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """One layer, by the names and shapes that `engine/weights.py` lists."""
+    """One layer, by the names and shapes that `engine/weight_parts.py` lists."""
 
     attn_norm: torch.Tensor
     qkv: Linear
@@ -79,6 +78,7 @@ class Model:
         self, config: ModelConfig, weights: Weights, kernels: Kernels, ranks: Collective | None = None
     ) -> None:
         self.config = config
+        self.vocab_size = config.vocab_size
         self._ops = kernels.ops
         tensors = weights.tensors
         # A stage of several may lack what only the first or the last one needs.
@@ -93,7 +93,7 @@ class Model:
     def embed(self, token_ids: torch.Tensor) -> Hidden:
         """token_ids [tokens] int64 → [tokens, hidden]."""
         assert self._embed is not None, "only the first stage embeds"
-        return functional.embedding(token_ids, self._embed), None
+        return self._ops.take_rows(self._embed, token_ids), None
 
     def layers(self, hidden: Hidden, layers: range, batch: AttentionBatch, kv: torch.Tensor) -> Hidden:
         """Runs some layers; afterwards their KV of all tokens of the batch is in the cache.
@@ -105,13 +105,13 @@ class Model:
         return hidden
 
     def logits(self, hidden: Hidden, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocab] in float32 at `tokens` [n], indices into the batch."""
+        """Logits [n, vocab] in the model's dtype at `tokens` [n], indices into the batch."""
         assert self._norm is not None, "only the last stage has logits"
         assert self._head is not None, "only the last stage has logits"
-        output, residual = hidden
-        picked = None if residual is None else residual.index_select(0, tokens)
-        normed, _ = self._ops.rms_norm(output.index_select(0, tokens), self._norm, self.config.rms_norm_eps, picked)
-        return self._head(normed).float()
+        ops, (output, residual) = self._ops, hidden
+        picked = None if residual is None else ops.take_rows(residual, tokens)
+        normed, _ = ops.rms_norm(ops.take_rows(output, tokens), self._norm, self.config.rms_norm_eps, picked)
+        return self._head(normed)
 
     def _layer(self, hidden: Hidden, layer: int, batch: AttentionBatch, kv_layer: torch.Tensor) -> Hidden:
         ops, weights, eps = self._ops, self._layers[layer], self.config.rms_norm_eps

@@ -16,7 +16,7 @@ from engine.model import Hidden, Model
 from engine.model_config import ModelConfig
 from engine.ranks import Ranks
 from engine.shard import Shard, local_config
-from engine.weights import Weights
+from engine.weight_parts import Weights
 from kernels.choice import Kernels
 
 LEADER = 0
@@ -33,7 +33,8 @@ class ParallelModel(Model):
         split = ranks.member.tensor_parallel > 1
         # Not ranks.tensor itself: the groups exist only once all ranks have joined.
         super().__init__(local_config(config, self._shard), weights, kernels, self if split else None)
-        self._vocab_size, self._hidden_size = config.vocab_size, config.hidden_size
+        # Of the whole model, though the head is split.
+        self.vocab_size, self._hidden_size = config.vocab_size, config.hidden_size
         self._dtype = self._layers[0].attn_norm.dtype
         # For the pass to come: whether only the leader knows its tokens, and who hears of other stages' layers.
         self.only_leader_knows_tokens = False
@@ -56,7 +57,7 @@ class ParallelModel(Model):
         """[n, vocab] float32 on the leader, [0, vocab] elsewhere. Returns on the leader when every stage is done."""
         part = None
         if self._shard.is_last:
-            part = super().logits(hidden, tokens)
+            part = super().logits(hidden, tokens).float()
         else:
             output, residual = hidden
             assert residual is not None, "a stage has at least one layer"
@@ -66,7 +67,7 @@ class ParallelModel(Model):
             return self._gather(part, len(tokens), tokens.device)
         if part is not None and len(tokens):
             self._ranks.pipe.send(part.contiguous(), LEADER)
-        return torch.empty((0, self._vocab_size), device=tokens.device)
+        return torch.empty((0, self.vocab_size), device=tokens.device)
 
     def announce_layers(self, first: int, end: int) -> None:
         """Tells the leader that layers [first, end) of this stage have their KV in the cache: on all its ranks, since
@@ -89,7 +90,7 @@ class ParallelModel(Model):
 
     def _gather(self, own: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
         """The parts of all ranks of the last stage, side by side."""
-        logits = torch.empty((count, self._vocab_size), dtype=torch.float32, device=device)
+        logits = torch.empty((count, self.vocab_size), dtype=torch.float32, device=device)
         for rank, shard in enumerate(self._shards):
             if not shard.is_last or not count:
                 continue

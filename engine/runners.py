@@ -10,7 +10,7 @@ import torch
 from engine.batch import KVLayout
 from engine.device_runner import DeviceRunner
 from engine.forward import Forward
-from engine.forward_graphs import CudaCapture, GraphedForward, padded_rows
+from engine.forward_graphs import GraphedForward, padded_rows
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.model_config import ModelConfig
@@ -36,21 +36,28 @@ def make_runner(
 ) -> TorchRunner | DeviceRunner:
     """Takes the tensors out of `weights`, and allocates the cache.
 
-    `graph_rows`, `graph_chunks`: the largest decode batch, and the prompt chunks, that a GPU runs as recorded graphs.
+    `graph_rows`: the largest decode batch that is replayed from a recording; `graph_chunks`: the prompt chunks that a
+    GPU replays.
     """
     model, cache = Model(config, weights, kernels), KVCache(layout, device, kernels.ops)
+    capture = kernels.capture() if kernels.capture is not None and graph_rows else None
     if device.type == "cuda" and kernels.name == "triton":
         # Imported here: where no GPU is, Triton need not be installed.
         from engine.device_sampler import DeviceSampler
 
-        forward = GraphedForward(
-            Forward(model, cache.tensor, layer_group),
-            CudaCapture(),
-            layout.block_size,
-            padded_rows(graph_rows) if graph_rows else (),
-            graph_chunks,
-        )
+        plain = Forward(model, cache.tensor, layer_group)
+        forward: Forward | GraphedForward = plain
+        if capture is not None:
+            forward = GraphedForward(plain, capture, padded_rows(graph_rows), graph_chunks)
         device_sampler = DeviceSampler(config.vocab_size, config.eos_token_ids, device)
         return DeviceRunner(forward, cache, device_sampler, device=device)
-    sampler = Sampler(config.vocab_size, config.eos_token_ids)
-    return TorchRunner(model, cache, sampler, device=device, layer_group=layer_group, bind=bind)
+    return TorchRunner(
+        model,
+        cache,
+        Sampler(config.vocab_size, config.eos_token_ids),
+        device=device,
+        layer_group=layer_group,
+        bind=bind,
+        capture=capture,
+        recorded_rows=graph_rows,
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.batch import Row
+from engine.batch import PENDING_TOKEN, Row
 from kernels import attention_batch
 from kernels.attention_batch import AttentionBatch, BatchShape, RowSpec, Span
 
@@ -58,14 +58,22 @@ def shape_of(rows: Sequence[Row], block_size: int) -> StepShape:
     return StepShape(attention_batch.shape_of(_specs(rows), block_size), sum(row.sample is not None for row in rows))
 
 
-def pack_step(rows: Sequence[Row], block_size: int, shape: StepShape, pinned: bool = False) -> StepInputs:
-    """Lays the rows out in host memory; what `shape` has beyond them becomes padding."""
+def pack_step(
+    rows: Sequence[Row], block_size: int, shape: StepShape, vocab_size: int, pinned: bool = False
+) -> StepInputs:
+    """Lays the rows out in host memory; what `shape` has beyond them becomes padding, and tokens that are not drawn yet
+    are PENDING_TOKEN.
+
+    Raises IndexError for a token that is none: a kernel would read whatever lies there.
+    """
     packed = torch.empty(sum(shape.sizes), dtype=torch.int64, pin_memory=pinned)
     attention, token_ids, sampled = (section.numpy() for section in torch.split(packed, list(shape.sizes)))
     spans = attention_batch.pack(_specs(rows), block_size, shape.attention, attention)
     ids = [token_id for row in rows for token_id in row.token_ids]
     token_ids[: len(ids)] = ids
     token_ids[len(ids) :] = 0
+    if token_ids.max() >= vocab_size or token_ids.min() < PENDING_TOKEN:
+        raise IndexError(f"tokens {token_ids.min()} to {token_ids.max()}: the vocabulary has {vocab_size}")
     last = [span.query_start + span.query_count - 1 for span in spans]
     wanted = [token for token, row in zip(last, rows, strict=False) if row.sample is not None]
     sampled[:] = wanted + last[len(rows) :]

@@ -21,17 +21,20 @@ from typing import Any
 import torch
 
 from engine.batch import Batch, KVLayout, LayerListener, Row, StepOutput
+from engine.forward import Forward
+from engine.forward_graphs import GraphedForward
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.sampler import Sampler
-from kernels.attention_batch import build_attention_batch
+from engine.step_inputs import StepInputs, pack_step
+from kernels.capture import Capture
 
 
 class TorchRunner:
     """See `Runner` in engine/batch.py for the contract.
 
     `layer_group`: layers between two calls of `on_layers`. `bind` is called once in the thread, before any pass: it may
-    say how many CPU threads compute, and where.
+    say how many CPU threads compute, and where. `capture` records decode steps of up to `recorded_rows` rows.
     """
 
     def __init__(
@@ -43,13 +46,15 @@ class TorchRunner:
         device: torch.device,
         layer_group: int,
         bind: Callable[[], None] | None = None,
+        capture: Capture | None = None,
+        recorded_rows: int = 0,
     ) -> None:
-        assert layer_group > 0, "a layer group holds at least one layer"
-        self._model = model
+        plain = Forward(model, cache.tensor, layer_group)
+        self._forward = GraphedForward(plain, capture, range(1, recorded_rows + 1)) if capture else plain
+        self._vocab_size = model.vocab_size
         self._cache = cache
         self._sampler = sampler
         self._device = device
-        self._layer_group = layer_group
         # What the batch before drew, in the order that `Row.follows` counts in. Only the thread touches it.
         self._drawn: list[int] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=bind)
@@ -111,35 +116,23 @@ class TorchRunner:
 
     def _logits(self, batch: Batch, on_layers: Callable[[int, int], None]) -> torch.Tensor:
         self._cache.copy_blocks(batch.copies)
-        attention = build_attention_batch(
-            [(row.start, len(row.token_ids), row.block_ids) for row in batch.rows],
-            self.layout.block_size,
-            self._device,
-        )
-        hidden = self._model.embed(self._token_ids(batch.rows))
-        for first in range(0, self.layout.num_layers, self._layer_group):
-            end = min(first + self._layer_group, self.layout.num_layers)
-            hidden = self._model.layers(hidden, range(first, end), attention, self._cache.tensor)
+        shape = self._forward.shape_of(batch.rows)
+        inputs = pack_step(batch.rows, self.layout.block_size, shape, self._vocab_size).on(self._device)
+        self._follow(batch.rows, inputs)
+
+        def after_group(first: int, end: int) -> None:
             if self._device.type == "cuda":
                 # Launches run ahead of the device: the listener must find KV in the cache, not on its way there.
                 torch.cuda.current_stream(self._device).synchronize()
             on_layers(first, end)
-        ends = [span.query_start + span.query_count - 1 for span in attention.spans]
-        sampling = [end for end, row in zip(ends, batch.rows, strict=True) if row.sample is not None]
-        return self._model.logits(hidden, self._tensor(sampling))
 
-    def _token_ids(self, rows: Sequence[Row]) -> torch.Tensor:
-        """[tokens] int64: the rows' tokens, those that follow the batch before among them."""
-        token_ids: list[int] = []
-        for row in rows:
-            if row.follows is None:
-                token_ids += row.token_ids
-            else:
-                token_ids.append(self._drawn[row.follows])
-        return self._tensor(token_ids)
+        return self._forward.run(inputs, after_group).float()
 
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _follow(self, rows: Sequence[Row], inputs: StepInputs) -> None:
+        """Puts the tokens in that the batch before has drawn."""
+        for row, span in zip(rows, inputs.attention.spans, strict=False):
+            if row.follows is not None:
+                inputs.token_ids[span.query_start] = self._drawn[row.follows]
 
 
 async def wait_out(*steps: Future[Any]) -> StepOutput:

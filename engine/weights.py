@@ -1,19 +1,4 @@
-"""Weights of one model under one set of names, whatever file they come from.
-
-    embed                     [vocab, hidden]
-    layers.I.attn_norm        [hidden]
-    layers.I.qkv              [(heads + 2 * kv_heads) * head_dim, hidden]    q, k, v rows one after another
-    layers.I.qkv_bias         [(heads + 2 * kv_heads) * head_dim]            where config.qkv_bias
-    layers.I.q_norm, k_norm   [head_dim]                                     where config.qk_norm
-    layers.I.o                [hidden, heads * head_dim]
-    layers.I.mlp_norm         [hidden]
-    layers.I.gate_up          [2 * intermediate, hidden]                     gate rows, then up rows
-    layers.I.down             [hidden, intermediate]
-    norm                      [hidden]
-    head                      [vocab, hidden]                                the very tensor `embed` when tied
-    rope_factors              [head_dim / 2], float32                        where rope_scaling.kind is "factors"
-
-q, k, v and gate, up are stored fused, because one wide matrix product beats three narrow ones.
+"""Weights of one model, read from whatever file they come in, under the names of engine/weight_parts.py.
 
 A rank of several (engine/shard.py) gets its share under the same names, layers numbered from 0: its heads' rows of qkv
 and columns of o, its columns' rows of gate_up and columns of down, its rows of head; embed on the first stage, norm and
@@ -23,7 +8,6 @@ head on the last.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
@@ -35,6 +19,19 @@ from engine.hf_folder import HFFolder
 from engine.model_config import ModelConfig, from_gguf, from_hf
 from engine.model_source import ModelFiles
 from engine.shard import Shard, whole
+from engine.weight_parts import Part, Weights, empty, expected_parts, random_weights
+
+__all__ = [
+    "GGUFWeights",
+    "HFWeights",
+    "Part",
+    "WeightSource",
+    "Weights",
+    "expected_parts",
+    "load_weights",
+    "open_weights",
+    "random_weights",
+]
 
 # Enough to tell two fine-tunes apart (they move every matrix), little enough to cost nothing.
 DIGEST_ELEMENTS_PER_TENSOR = 64
@@ -79,24 +76,6 @@ GGUF_NAMES = {
     "rope_factors": "rope_freqs.weight",
 }
 LAYER_KEY = re.compile(r"layers\.(\d+)\.(\w+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """`tensors` by the names above. `digest` samples every matrix as stored in the file, so it is the same for every
-    dtype the file is loaded in."""
-
-    tensors: dict[str, torch.Tensor]
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of a file. `rotary_heads`: how many heads its rows are, for q and k."""
-
-    key: str
-    shape: tuple[int, ...]
-    rotary_heads: int = 0
 
 
 class WeightSource(Protocol):
@@ -204,59 +183,6 @@ def load_weights(source: WeightSource, dtype: torch.dtype, device: torch.device,
     return Weights(tensors, digest.hexdigest())
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device) -> Weights:
-    """Weights of the right shapes and a sane scale, for tests and benchmarks of speed without a model file."""
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
-    for key, parts in expected_parts(config).items():
-        target = _empty(key, [part.shape for part in parts], dtype, device)
-        if key.endswith("norm") or key == "rope_factors":
-            target.fill_(1.0)
-        else:
-            target.normal_(0.0, target.shape[-1] ** -0.5 if target.dim() > 1 else 0.02, generator=generator)
-        tensors[key] = target
-    if config.tie_embeddings:
-        tensors["head"] = tensors["embed"]
-    return Weights(tensors, f"random-{seed}")
-
-
-def expected_parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
-    """Every canonical tensor (but a tied `head`), and the file tensors that are stacked by rows to make it."""
-    hidden, head_dim, intermediate = config.hidden_size, config.head_dim, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    expected: dict[str, tuple[Part, ...]] = {"embed": (Part("embed", (config.vocab_size, hidden)),)}
-    for layer in range(config.num_layers):
-        at = f"layers.{layer}."
-        expected[at + "attn_norm"] = (Part(at + "attn_norm", (hidden,)),)
-        expected[at + "qkv"] = (
-            Part(at + "q", (q_rows, hidden), config.num_heads),
-            Part(at + "k", (kv_rows, hidden), config.num_kv_heads),
-            Part(at + "v", (kv_rows, hidden)),
-        )
-        if config.qkv_bias:
-            expected[at + "qkv_bias"] = (
-                Part(at + "q_bias", (q_rows,), config.num_heads),
-                Part(at + "k_bias", (kv_rows,), config.num_kv_heads),
-                Part(at + "v_bias", (kv_rows,)),
-            )
-        if config.qk_norm:
-            expected[at + "q_norm"] = (Part(at + "q_norm", (head_dim,)),)
-            expected[at + "k_norm"] = (Part(at + "k_norm", (head_dim,)),)
-        expected[at + "o"] = (Part(at + "o", (hidden, q_rows)),)
-        expected[at + "mlp_norm"] = (Part(at + "mlp_norm", (hidden,)),)
-        expected[at + "gate_up"] = (
-            Part(at + "gate", (intermediate, hidden)),
-            Part(at + "up", (intermediate, hidden)),
-        )
-        expected[at + "down"] = (Part(at + "down", (hidden, intermediate)),)
-    expected["norm"] = (Part("norm", (hidden,)),)
-    if not config.tie_embeddings:
-        expected["head"] = (Part("head", (config.vocab_size, hidden)),)
-    if config.rope_scaling.kind == "factors":
-        expected["rope_factors"] = (Part("rope_factors", (head_dim // 2,)),)
-    return expected
-
-
 def _local_name(key: str, config: ModelConfig, shard: Shard) -> str | None:
     """What a shard calls a tensor, or None when another stage holds it."""
     match = LAYER_KEY.fullmatch(key)
@@ -287,19 +213,12 @@ def _share(tensor: torch.Tensor, part: Part, name: str, config: ModelConfig, sha
 
 def _fuse(name: str, pieces: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The pieces one below the other, cast."""
-    target = _empty(name, [tuple(piece.shape) for piece in pieces], dtype, device)
+    target = empty(name, [tuple(piece.shape) for piece in pieces], dtype, device)
     first_row = 0
     for piece in pieces:
         target[first_row : first_row + len(piece)].copy_(piece)
         first_row += len(piece)
     return target
-
-
-def _empty(key: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    rows = sum(shape[0] for shape in shapes)
-    # Rotary angles reach thousands of radians: in 16 bits they would be noise.
-    dtype = torch.float32 if key == "rope_factors" else dtype
-    return torch.empty((rows, *shapes[0][1:]), dtype=dtype, device=device)
 
 
 def _file_name(key: str, names: dict[str, str], layers: str) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from kernels import torch_ops
+from kernels.capture import Capture
 from kernels.linear import DenseLinear, Linear
 from kernels.ops import Ops
 
@@ -28,12 +29,14 @@ class Kernels:
 
     `bind(threads, cpus)` is called once by the thread that is going to compute: how many threads share the work (0:
     the default), and which CPUs they are bound to, one each (none: wherever the operating system puts them).
+    `capture` makes what records forward passes, where they can be.
     """
 
     name: Literal["torch", "cpu", "triton"]
     ops: Ops
     pack: Pack
     bind: Callable[[int, Sequence[int]], None]
+    capture: Callable[[], Capture] | None = None
 
 
 def choose_kernels(
@@ -55,23 +58,26 @@ def choose_kernels(
 def _triton() -> Kernels | None:
     try:
         from kernels.gpu import ops
+        from kernels.gpu.cuda_capture import CudaCapture
     except ImportError as error:
         logger.warning("no Triton kernels, plain torch computes instead: %s", error)
         return None
-    return Kernels("triton", ops, DenseLinear, _bind_torch)
+    return Kernels("triton", ops, DenseLinear, _bind_torch, CudaCapture)
 
 
 def _cpu(dtype: torch.dtype, weight_format: WeightFormat) -> Kernels | None:
     from kernels.cpu.library import load
 
-    if dtype not in (torch.float32, torch.bfloat16) or load() is None:
+    library = load() if dtype in (torch.float32, torch.bfloat16) else None
+    if library is None:
         return None
     from kernels.cpu import ops
     from kernels.cpu.linear import pack
+    from kernels.cpu.recording import CallRecorder
 
     dense: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
     chosen = dense if weight_format == "dense" else weight_format
-    return Kernels("cpu", ops, partial(pack, weight_format=chosen), _bind_cpu)
+    return Kernels("cpu", ops, partial(pack, weight_format=chosen), _bind_cpu, partial(CallRecorder, library))
 
 
 def _bind_torch(threads: int, cpus: Sequence[int]) -> None:

@@ -27,6 +27,10 @@ class Ops(Protocol):
     """Tensors are float32, bfloat16 or float16 unless said; all of one call agree. Results are fresh, inputs stay
     unchanged, but for the cache. The last dimension is contiguous; others may be strided."""
 
+    def take_rows(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [count] int64 of table [n, width], in that order: [count, width]. An embedding, or a pick of tokens."""
+        ...
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

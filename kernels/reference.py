@@ -13,6 +13,10 @@ from kernels.attention_batch import AttentionBatch
 from kernels.attention_variant import AttentionVariant
 
 
+def take_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([table[row] for row in rows.tolist()])
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

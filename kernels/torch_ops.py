@@ -18,7 +18,12 @@ __all__ = [
     "rope_store",
     "scatter_blocks",
     "silu_mul",
+    "take_rows",
 ]
+
+
+def take_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return table.index_select(0, rows)
 
 
 def rms_norm(

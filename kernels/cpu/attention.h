@@ -1,6 +1,7 @@
 // What the two halves of paged attention share: the arguments, rows, and exp2 as softmax needs it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -48,8 +49,21 @@ struct AttentionRow {
     long start() const { return context - query_count; }
 };
 
+// Where the K of positions [begin, end) lies, `offset` words into each token's [kv_heads, head_dim] of `key_words`.
+inline void find_keys(const AttentionArgs& args, const AttentionRow& row, long begin, long end, long key_words,
+                      long offset, const uint32_t** to) {
+    long block = begin / args.block_size, place = begin % args.block_size;
+    for (; begin < end; ++block, place = 0) {
+        const long count = std::min(args.block_size - place, end - begin);
+        const uint32_t* const first = static_cast<const uint32_t*>(args.kv) +
+                                      (row.table[block] * 2 * args.block_size + place) * key_words + offset;
+        for (long key = 0; key < count; ++key) *to++ = first + key * key_words;
+        begin += count;
+    }
+}
+
 // Memory that a thread keeps, because the next layer wants as much.
-class Scratch {
+class AttentionScratch {
   public:
     template <class T>
     T* take(long count) {
@@ -69,6 +83,10 @@ class Scratch {
     std::unique_ptr<void, Free> memory_;
     size_t size_ = 0;
 };
+
+// Kernels see K, V and q as words of 32 bits: a float32, or two neighbours in bfloat16.
+template <class T>
+constexpr long kPerWord = 4 / sizeof(T);
 
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.693147180559945309;

@@ -10,24 +10,14 @@
 #include <algorithm>
 #include <cstring>
 
-#include "attention.h"
+#include "decode_kernels.h"
 
 namespace tandem {
 namespace {
 
-constexpr long kBatch = 16;      // keys at a time
-constexpr long kHeads = 4;       // query heads at a time: 4 heads x 4 keys of sums, or 4 heads x 4 vectors
-#ifndef PART
-#define PART 256
-#endif
-constexpr long kPartKeys = PART;  // keys of a part: their scores stay in the second-level cache
-
 // How far ahead of the arithmetic the cache is prefetched. On two Zen 4 cores, blocks of 12 KiB in random order and
 // small pages, reading alone: 17 GB/s without, 24 at 4 KiB, 27 from 8 KiB on.
 constexpr long kAheadBytes = 12288;
-
-template <class T>
-constexpr long kPerWord = 4 / sizeof(T);
 
 // The keys that the token sees, numbered without gaps: sink tokens, then the window.
 struct Visible {
@@ -39,118 +29,7 @@ struct Visible {
         gap = oldest - sink;
         count = row.context - gap;
     }
-    long position(long index) const { return index < sink ? index : index + gap; }
 };
-
-// Sums of the lanes of 4 x 4 vectors, [key][4 partial sums] to [key].
-inline __m512 add_lanes4(const __m512* x) {
-    const __m512 t0 = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    const __m512 t1 = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    const __m512d d0 = _mm512_castps_pd(t0), d1 = _mm512_castps_pd(t1);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d0, d1)), _mm512_castpd_ps(_mm512_unpackhi_pd(d0, d1)));
-}
-
-// From 4 results of add_lanes4 (each has one key per lane of its 128-bit quarters) to 16 sums in the order of keys.
-inline __m512 add_quarters(const __m512* x) {
-    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x44), _mm512_shuffle_f32x4(x[0], x[1], 0xee));
-    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x44), _mm512_shuffle_f32x4(x[2], x[3], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-
-// 16 rows of K or V of one KV head, and those that will be read some batches later.
-struct Rows {
-    const uint32_t* const* keys;
-    const uint32_t* const* later_keys;
-    long offset, later_offset;
-
-    const uint32_t* at(long key) const { return keys[key] + offset; }
-    // To the second level: fetching as much to the first would stall on its few miss buffers.
-    void prefetch(long key, long word) const {
-        _mm_prefetch(reinterpret_cast<const char*>(later_keys[key] + later_offset + word), _MM_HINT_T1);
-    }
-};
-
-inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b, float) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-}
-inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b, bf16) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-
-// Scores of H heads and 16 keys: q [H, words_up] (zero past the head) against the rows.
-template <class T, int H>
-void score_batch(const uint32_t* q, long words, long words_up, const Rows& rows, float* scores) {
-    __m512 quarters[H][4];
-    for (int four = 0; four < 4; ++four) {
-        __m512 sum[H][4];
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) sum[h][i] = _mm512_setzero_ps();
-        for (long word = 0; word < words; word += 16) {
-            const __mmask16 lanes = first_lanes(words - word);
-            __m512i k[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) k[i] = _mm512_maskz_loadu_epi32(lanes, rows.at(4 * four + i) + word);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) rows.prefetch(4 * four + i, word);
-#pragma GCC unroll 4
-            for (int h = 0; h < H; ++h) {
-                const __m512i query = _mm512_load_si512(q + h * words_up + word);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) sum[h][i] = multiply_add(sum[h][i], query, k[i], T{});
-            }
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) quarters[h][four] = add_lanes4(sum[h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) _mm512_store_ps(scores + h * kPartKeys, add_quarters(quarters[h]));
-}
-
-// V as float32: 16 columns of a float32 row, or 32 of a bfloat16 row as evens and odds.
-template <class T, int N>
-inline void load_values(const uint32_t* from, long words, __m512* to) {
-    if constexpr (sizeof(T) == 4) {
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-            to[n] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(first_lanes(words - 16 * n), from + 16 * n));
-        }
-    } else {
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n += 2) {
-            const __m512i pairs = _mm512_maskz_loadu_epi32(first_lanes(words - 8 * n), from + 8 * n);
-            to[n] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-            to[n + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-        }
-    }
-}
-
-// sums [H, columns] += weights [H, 16] x V [16, N * 16 columns]; for bfloat16, columns are in load_values' order.
-template <class T, int H, int N>
-void value_batch(const float* weights, const Rows& rows, long word, long words, float* sums, long columns) {
-    __m512 sum[H][N];
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[h][n] = _mm512_load_ps(sums + h * columns + n * 16);
-    for (long key = 0; key < kBatch; ++key) {
-        __m512 values[N];
-        load_values<T, N>(rows.at(key) + word, words - word, values);
-#pragma GCC unroll 4
-        for (int n = 0; n < N / kPerWord<T>; ++n) rows.prefetch(key, word + 16 * n);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) {
-            const __m512 weight = _mm512_set1_ps(weights[h * kPartKeys + key]);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) sum[h][n] = _mm512_fmadd_ps(weight, values[n], sum[h][n]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) _mm512_store_ps(sums + h * columns + n * 16, sum[h][n]);
-}
 
 // One thread's buffers for one part.
 template <class T>
@@ -165,7 +44,7 @@ struct Part {
 
     explicit Part(const AttentionArgs& args)
         : words(args.head_dim / kPerWord<T>), words_up((words + 15) / 16 * 16), columns(words_up * kPerWord<T>) {
-        thread_local Scratch scratch;
+        thread_local AttentionScratch scratch;
         const long heads_up = (args.heads + 15) / 16 * 16;
         const long floats = args.heads * (words_up + kPartKeys + columns) + 2 * heads_up;
         q = scratch.take<uint32_t>(floats + 2 * kPartKeys);
@@ -196,7 +75,9 @@ struct Order {
 
     // v_offset: from a key's K to its V, in words.
     Order(const Part<T>& part, long padded, long key_words, long v_offset)
-        : part(part), batches(padded / kBatch), v_offset(v_offset),
+        : part(part),
+          batches(padded / kBatch),
+          v_offset(v_offset),
           distance(std::max(1l, kAheadBytes / (kBatch * key_words * 4))) {}
 
     // `pass` 0 for K and 1 for V. Past the end, what comes later is what is there now.
@@ -315,12 +196,11 @@ void attend_part(const AttentionArgs& args, const AttentionRow& row, long index,
     const long count = std::min(batches * (index + 1) / parts * kBatch, visible.count) - first;
     const long padded = (count + kBatch - 1) / kBatch * kBatch;
     const long key_words = args.kv_heads * part.words, v_offset = args.block_size * key_words;
-    for (long key = 0; key < padded; ++key) {
-        // Padding reads what is there anyway, and gets a weight of 0.
-        const long position = visible.position(first + std::min(key, count - 1));
-        part.keys[key] = static_cast<const uint32_t*>(args.kv) + row.table[position / args.block_size] * 2 * v_offset +
-                         position % args.block_size * key_words;
-    }
+    const long sinks = std::max(0l, std::min(visible.sink - first, count));
+    find_keys(args, row, first, first + sinks, key_words, 0, part.keys);
+    find_keys(args, row, first + sinks + visible.gap, first + count + visible.gap, key_words, 0, part.keys + sinks);
+    // Padding reads what is there anyway, and gets a weight of 0.
+    std::fill(part.keys + count, part.keys + padded, part.keys[0]);
     const ScoreRule rule(args);
     const Order<T> order(part, padded, key_words, v_offset);
     score_keys(args, part, order, padded);

@@ -19,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -37,11 +39,20 @@ class Unavailable(Exception):
     """Says why this machine has no library."""
 
 
+# A function and what it was called with.
+Call = tuple["ctypes._NamedFuncPointer", ctypes.Structure]
+
+
+class _Recorded(threading.local):
+    calls: list[Call] | None = None
+
+
 class Library:
     """The loaded library. Calls release the GIL, and calls from several threads take turns."""
 
     def __init__(self, path: Path) -> None:
         self._dll = ctypes.CDLL(str(path))
+        self._recorded = _Recorded()
         self._dll.tandem_set_threads.argtypes = [ctypes.c_int]
         self._dll.tandem_set_threads.restype = None
         self._dll.tandem_threads.argtypes = []
@@ -60,6 +71,18 @@ class Library:
     def call(self, function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
         """All kernels are called through here. What `args` points to must live until this returns."""
         function(ctypes.byref(args))
+        if self._recorded.calls is not None:
+            self._recorded.calls.append((function, args))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Call]]:
+        """Collects the calls that this thread makes meanwhile."""
+        assert self._recorded.calls is None, "this thread is recording already"
+        calls = self._recorded.calls = []
+        try:
+            yield calls
+        finally:
+            self._recorded.calls = None
 
     def set_threads(self, count: int) -> None:
         """How many threads share each call from now on, the caller included."""

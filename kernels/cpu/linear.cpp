@@ -56,7 +56,8 @@ class Chunk {
           first_row_(first_row),
           blocks_(rows, kernel.max_rows),
           steps_(ceil_divide(args.in_features, kernel.values_per_step)),
-          block_bytes_((steps_ * kernel.row_bytes_per_step * (blocks_.smaller + 1) + 127) / 64 * 64),
+          // Whole lines per row: `pack` writes past the last step.
+          block_bytes_(ceil_divide(steps_ * kernel.row_bytes_per_step, 64) * 64 * (blocks_.smaller + 1)),
           panel_bytes_(steps_ * kernel.panel_bytes_per_step),
           panels_(ceil_divide(args.out_features, kColumns)) {}
 
@@ -66,16 +67,18 @@ class Chunk {
         const long wanted = kTasksPerThread * threads();
         if (blocks_.count == 1) {
             const long panels_per_task = panels_ / wanted > 1 ? panels_ / wanted : 1;
-            parallel_for(ceil_divide(panels_, panels_per_task), [&](long task, int) {
+            parallel_local(ceil_divide(panels_, panels_per_task), [&](long task, int) {
                 const long end = (task + 1) * panels_per_task;
                 for (long panel = task * panels_per_task; panel < end && panel < panels_; ++panel) multiply(panel, 0, 1);
             });
             return;
         }
+        // As many cuts for each thread, so that it multiplies the rows that it packed.
         long cuts = ceil_divide(wanted, panels_);
         if (cuts < pieces) cuts = pieces;
+        cuts = ceil_divide(cuts, threads()) * threads();
         if (cuts > blocks_.count) cuts = blocks_.count;
-        parallel_for(cuts * panels_, [&](long task, int) {
+        parallel_local(cuts * panels_, [&](long task, int) {
             const long cut = task / panels_, panel = task % panels_;
             multiply(panel, blocks_.count * cut / cuts, blocks_.count * (cut + 1) / cuts);
         });
@@ -96,7 +99,7 @@ class Chunk {
         if (blocks_.count * block_bytes_ <= kPackAlone) {
             for (long block = 0; block < blocks_.count; ++block) pack_block(block, 0);
         } else {
-            parallel_for(blocks_.count, pack_block);
+            parallel_local(blocks_.count, pack_block);
         }
         return packed;
     }
@@ -111,15 +114,15 @@ class Chunk {
         tile.lanes[1] = first_lanes(columns - 16);
         tile.y_stride = args_.y_stride;
         tile.element = args_.element;
-        tile.ahead_step = kernel_.panel_bytes_per_step / (end - begin);
-        const Shares ranges(steps_, kRangeBytes / kernel_.panel_bytes_per_step);
+        tile.ahead_step = ceil_divide(kernel_.panel_bytes_per_step, end - begin);
+        const Shares ranges(ceil_divide(steps_, kLanes), kRangeBytes / kernel_.panel_bytes_per_step / kLanes);
         // With one range no sums outlive their tile: all use the same few lines, which then stay in L1.
         const long partial_stride = ranges.count == 1 ? 0 : kernel_.max_rows * kColumns;
         const long partial_floats = partial_stride * (end - begin - 1) + kernel_.max_rows * kColumns;
         float* partial = reinterpret_cast<float*>(partial_sums.at_least(partial_floats * sizeof(float)));
         for (long range = 0; range < ranges.count; ++range) {
-            const long step = ranges.first(range);
-            tile.steps = ranges.size(range);
+            const long step = ranges.first(range) * kLanes, left = steps_ - step;
+            tile.steps = left < ranges.size(range) * kLanes ? left : ranges.size(range) * kLanes;
             tile.panel = static_cast<const char*>(args_.weights) + panel * panel_bytes_ +
                          step * kernel_.panel_bytes_per_step;
             tile.first = range == 0;

@@ -2,10 +2,11 @@
 //
 // Weights lie in panels of kColumns output features, zeros after the last. Along K a panel is a run of steps, and a step
 // holds kColumns lanes of 32 bits: one float32, two bfloat16, four int8 (or eight int4 in two steps' halves). A call
-// first packs x the same way, in blocks of a few rows: step by step, one lane per row. A tile is then one block times
-// one panel: per step it loads the panel's lanes, broadcasts each row's, and adds to rows x kColumns sums in registers.
-// One panel is multiplied by all blocks before the next one, which is fetched meanwhile: weights cross the memory bus
-// once per call, or once per kChunkBytes of packed x.
+// first packs x, in blocks of a few rows: a line of kLanes lanes of each row, then the next of each, so that no power of
+// two between rows makes them fight for cache sets. A tile is one block times one panel: per step it loads the panel's
+// lanes, broadcasts each row's, and adds to rows x kColumns sums in registers. One panel is multiplied by all blocks
+// before the next one, which is fetched meanwhile: weights cross the memory bus once per call, or once per kChunkBytes
+// of packed x.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,7 @@
 namespace tandem {
 
 constexpr int kColumns = 32;  // two registers: 14 rows of sums leave four for operands
+constexpr int kLanes = 16;    // of a cache line
 constexpr int kGroup = 32;    // values along K that share a scale, in the integer formats
 
 enum WeightFormat : int { kWeightFloat32 = 0, kWeightBfloat16 = 1, kWeightInt8 = 2, kWeightInt4 = 3 };
@@ -68,6 +70,17 @@ struct LinearKernel {
 
 const LinearKernel& dense_kernel(const LinearArgs& args);
 const LinearKernel& integer_kernel(const LinearArgs& args);
+
+// Asks for the lines of y before the sums are ready: stores that miss would hold up the next tile.
+template <class Element, int kRows>
+inline void fetch_results(const Tile& tile) {
+    const char* y = static_cast<const char*>(tile.y);
+    for (int row = 0; row < kRows; ++row) {
+        __builtin_prefetch(y, 1);
+        if (sizeof(Element) == 4) __builtin_prefetch(y + 64, 1);
+        y += tile.y_stride * sizeof(Element);
+    }
+}
 
 // What a tile does with the sums of a segment of K: keeps them, or adds bias and writes y. `Element` is float or bf16.
 template <class Element, int kRows>

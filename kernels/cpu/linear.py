@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from kernels.cpu.library import Library, load
+from kernels.cpu.recording import empty
 from kernels.linear import Linear
 from kernels.quantise import QuantisedWeight, quantise
 
@@ -78,7 +79,7 @@ class PackedLinear:
         tokens, in_features = x.shape
         assert in_features == self.in_features
         assert x.stride(1) == 1 or in_features == 1, "a row must be contiguous"
-        y = torch.empty((tokens, self.out_features), dtype=x.dtype)
+        y = empty((tokens, self.out_features), x.dtype)
         args = LinearArgs.from_buffer_copy(self._template)
         args.x, args.y, args.rows, args.x_stride = x.data_ptr(), y.data_ptr(), tokens, x.stride(0)
         args.element = _ELEMENTS[x.dtype]

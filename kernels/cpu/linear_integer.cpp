@@ -5,7 +5,7 @@
 //     w = scale * u + minimum        int4, as in GGUF's Q4_1; the minimum is multiplied with the group's sum of x
 //
 // A step is a group. In a panel it is 8 quads of kColumns lanes (int4: 4, the upper halves of the bytes hold the next
-// quad), then kColumns scales, then for int4 as many minima; in a block 8 quads of lanes, then scales, then sums.
+// quad), then kColumns scales, then for int4 as many minima; in a block 8 quads of each row, then scales, then sums.
 #include <utility>
 
 #include "linear.h"
@@ -65,7 +65,7 @@ void multiply_tile(const Tile& tile) {
             const __m512i left = Format::load(panel, quad, 0), right = Format::load(panel, quad, 1);
 #pragma GCC unroll 16
             for (int row = 0; row < kRows; ++row) {
-                const __m512i x = _mm512_set1_epi32(block[quad * kRows + row]);
+                const __m512i x = _mm512_set1_epi32(block[row * kQuads + quad]);
                 dots[row][0] = _mm512_dpbusd_epi32(dots[row][0], left, x);
                 dots[row][1] = _mm512_dpbusd_epi32(dots[row][1], right, x);
             }
@@ -129,21 +129,20 @@ void pack(const LinearArgs& args, long first_row, long rows, char* block) {
     const long groups = (args.in_features + kGroup - 1) / kGroup;
     for (long row = 0; row < rows; ++row) {
         const Element* x = static_cast<const Element*>(args.x) + (first_row + row) * args.x_stride;
-        int32_t* to = reinterpret_cast<int32_t*>(block) + row;
+        int32_t* to = reinterpret_cast<int32_t*>(block);
         for (long group = 0; group < groups; ++group) {
             const long value = group * kGroup, left = args.in_features - value;
             const Quantised q = quantise(load16(x + value, first_lanes(left)), load16(x + value + 16, first_lanes(left - 16)));
-            alignas(16) int32_t quads[kQuads];
-            _mm_store_si128(reinterpret_cast<__m128i*>(quads), q.low);
-            _mm_store_si128(reinterpret_cast<__m128i*>(quads + 4), q.high);
-            for (int quad = 0; quad < kQuads; ++quad) to[quad * rows] = quads[quad];
-            __builtin_memcpy(to + kQuads * rows, &q.scale, 4);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + row * kQuads), q.low);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + row * kQuads + 4), q.high);
+            int32_t* const scale = to + kQuads * rows + row;
+            __builtin_memcpy(scale, &q.scale, 4);
             const float scaled = q.scale * static_cast<float>(q.sum);
             const int32_t correction = -128 * q.sum;
             if (kHasMinimum) {
-                __builtin_memcpy(to + (kQuads + 1) * rows, &scaled, 4);
+                __builtin_memcpy(scale + rows, &scaled, 4);
             } else {
-                __builtin_memcpy(to + (kQuads + 1) * rows, &correction, 4);
+                __builtin_memcpy(scale + rows, &correction, 4);
             }
             to += (kQuads + 2) * rows;
         }

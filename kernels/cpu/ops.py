@@ -16,9 +16,19 @@ from kernels import torch_ops
 from kernels.attention_batch import AttentionBatch
 from kernels.attention_variant import AttentionVariant
 from kernels.cpu.library import load
+from kernels.cpu.recording import empty, not_recordable
 from kernels.torch_ops import copy_blocks, gather_blocks, scatter_blocks
 
-__all__ = ["copy_blocks", "gather_blocks", "paged_attention", "rms_norm", "rope_store", "scatter_blocks", "silu_mul"]
+__all__ = [
+    "copy_blocks",
+    "gather_blocks",
+    "paged_attention",
+    "rms_norm",
+    "rope_store",
+    "scatter_blocks",
+    "silu_mul",
+    "take_rows",
+]
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -35,6 +45,7 @@ _rms_norm = _library.function("tandem_rms_norm")
 _rope_store = _library.function("tandem_rope_store")
 _silu_mul = _library.function("tandem_silu_mul")
 _paged_attention = _library.function("tandem_paged_attention")
+_take_rows = _library.function("tandem_take_rows")
 
 
 class _RmsNormArgs(ctypes.Structure):
@@ -118,17 +129,43 @@ class _AttentionArgs(ctypes.Structure):
     )
 
 
+class _TakeRowsArgs(ctypes.Structure):
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+    )
+
+
+def take_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    assert rows.dtype == torch.int64
+    assert rows.is_contiguous()
+    stride, last = table.stride()
+    assert last == 1, "a row must be contiguous"
+    count, width, size = rows.shape[0], table.shape[1], table.itemsize
+    output = empty((count, width), table.dtype)
+    _call(
+        _take_rows,
+        _TakeRowsArgs(table.data_ptr(), rows.data_ptr(), output.data_ptr(), count, width * size, stride * size),
+    )
+    return output
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     element, n = _ELEMENTS.get(weight.dtype), weight.shape[0]
     if element is None or x.dtype != weight.dtype:
+        not_recordable("rms_norm of this dtype or layout")
         return torch_ops.rms_norm(x, weight, eps, residual)
     assert weight.is_contiguous()
     assert x.shape[-1] == n
     if not x.is_contiguous() or not (residual is None or residual.is_contiguous()):
         return _rms_norm_strided(x, weight, eps, residual, element)
-    output, rows = torch.empty_like(x), x.numel() // n
+    output, rows = empty(x.shape, x.dtype), x.numel() // n
     args = _RmsNormArgs(
         x.data_ptr(), None, weight.data_ptr(), output.data_ptr(), None, rows, 1, n, n, 0, n, 0, eps, element
     )
@@ -136,7 +173,7 @@ def rms_norm(
     if residual is not None:
         assert residual.shape == x.shape
         assert residual.dtype == x.dtype
-        total = torch.empty_like(x)
+        total = empty(x.shape, x.dtype)
         args.residual, args.sum = residual.data_ptr(), total.data_ptr()
     _call(_rms_norm, args)
     return output, total
@@ -148,8 +185,9 @@ def _rms_norm_strided(
     """Of a view, say of the heads of one projection."""
     strides = x.stride()
     if strides[-1] != 1 or not 2 <= x.dim() <= 3:
+        not_recordable("rms_norm of this dtype or layout")
         return torch_ops.rms_norm(x, weight, eps, residual)
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    output = empty(x.shape, x.dtype)
     args = _RmsNormArgs(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -167,7 +205,7 @@ def _rms_norm_strided(
         assert residual.shape == x.shape
         assert residual.dtype == x.dtype
         assert residual.stride(-1) == 1, "a row must be contiguous"
-        total = torch.empty_like(output)
+        total = empty(output.shape, x.dtype)
         args.residual, args.sum = residual.data_ptr(), total.data_ptr()
         args.residual_outer_stride, args.residual_inner_stride = residual.stride()[:2]
     _call(_rms_norm, args)
@@ -186,6 +224,7 @@ def rope_store(
     dtype = q.dtype
     element = _ELEMENTS.get(dtype)
     if element is None or kv_layer.dtype != dtype:
+        not_recordable("rope_store of this dtype or layout")
         return torch_ops.rope_store(q, k, v, positions, table, kv_layer, slots)
     assert k.dtype == v.dtype == dtype
     assert table.dtype == torch.float32
@@ -197,7 +236,7 @@ def rope_store(
     assert q_last == k_last == v_last == 1, "a head must be contiguous"
     assert kv_layer.is_contiguous()
     assert table.is_contiguous()
-    output = torch.empty_like(q, memory_format=torch.contiguous_format)
+    output = empty(q.shape, q.dtype)
     _call(
         _rope_store,
         _RopeStoreArgs(
@@ -214,10 +253,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     element = _ELEMENTS.get(dtype)
     stride, last = gate_up.stride()
     if element is None or last != 1:
+        not_recordable("silu_mul of this dtype or layout")
         return torch_ops.silu_mul(gate_up)
     tokens, both = gate_up.shape
     n = both // 2
-    output = torch.empty(tokens, n, dtype=dtype)
+    output = empty((tokens, n), dtype)
     _call(_silu_mul, _SiluMulArgs(gate_up.data_ptr(), output.data_ptr(), tokens, n, stride, element))
     return output
 
@@ -230,12 +270,13 @@ def paged_attention(
     if template is None:
         template = batch.plans[key] = _template(q, kv_layer, batch, variant) or False
     if not isinstance(template, _AttentionArgs):
+        not_recordable("paged_attention of this dtype or layout")
         return torch_ops.paged_attention(q, kv_layer, batch, variant)
     q_token, q_head, q_last = q.stride()
     assert q_last == 1, "a head must be contiguous"
     assert kv_layer.is_contiguous()
-    output = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[0], q.shape[1], dtype=torch.float32)
+    output = empty(q.shape, q.dtype)
+    lse = empty((q.shape[0], q.shape[1]), torch.float32)
     args = _AttentionArgs.from_buffer_copy(template)
     args.q, args.output, args.lse, args.kv = q.data_ptr(), output.data_ptr(), lse.data_ptr(), kv_layer.data_ptr()
     args.q_token_stride, args.q_head_stride = q_token, q_head

@@ -63,11 +63,39 @@ int bind_to(int cpu) {
 
 thread_local int inside_as = -1;  // this thread's number while it runs a body
 
+// Who takes which index of a job. Counters carry the job's number, so that none has to be reset.
+class Counters {
+  public:
+    explicit Counters(int shares) : counters_(shares) {}
+
+    // The next index of a share, or -1 when all are taken.
+    long take(int share, uint32_t job, long count) {
+        std::atomic<uint64_t>& counter = counters_[share].value;
+        const long begin = first(share, count), size = first(share + 1, count) - begin;
+        uint64_t value = counter.load(std::memory_order_relaxed);
+        for (;;) {
+            const long taken = value >> 32 == job ? static_cast<uint32_t>(value) : 0;
+            if (taken == size) return -1;
+            const uint64_t next = (static_cast<uint64_t>(job) << 32) + taken + 1;
+            if (counter.compare_exchange_weak(value, next, std::memory_order_relaxed)) return begin + taken;
+        }
+    }
+
+    long first(int share, long count) const { return count * share / shares(); }
+    int shares() const { return static_cast<int>(counters_.size()); }
+
+  private:
+    struct alignas(128) Counter {
+        std::atomic<uint64_t> value{0};
+    };
+    std::vector<Counter> counters_;
+};
+
 class Pool {
   public:
     int threads() const { return thread_count_.load(std::memory_order_relaxed); }
 
-    void run(long count, PoolBody body, void* context) {
+    void run(long count, PoolBody body, void* context, bool local) {
         if (count <= 0) return;
         if (inside_as >= 0) {
             for (long index = 0; index < count; ++index) body(context, index, inside_as);
@@ -81,7 +109,8 @@ class Pool {
             body_ = body;
             context_ = context;
             count_ = count;
-            next_.store(0, std::memory_order_relaxed);
+            ++job_;
+            counters_ = local ? &local_ : &global_;
             open(count - 1);
             work(0);
             close();
@@ -94,6 +123,7 @@ class Pool {
         if (count > static_cast<int>(kInside)) count = kInside;
         std::lock_guard<std::mutex> turn(turn_);
         thread_count_.store(count);
+        local_ = Counters(count);
         if (static_cast<int>(workers_.size()) > count - 1) {
             gate_.fetch_add(kNumber);
             futex(gate_, FUTEX_WAKE_BITSET, INT_MAX, kWorkers);
@@ -147,10 +177,11 @@ class Pool {
     }
 
     void work(int thread) {
-        for (;;) {
-            const long index = next_.fetch_add(1, std::memory_order_relaxed);
-            if (index >= count_) return;
-            body_(context_, index, thread);
+        Counters& counters = *counters_;
+        const int shares = counters.shares();
+        for (int turn = 0; turn < shares; ++turn) {
+            const int share = (thread + turn) % shares;
+            for (long index; (index = counters.take(share, job_, count_)) >= 0;) body_(context_, index, thread);
         }
     }
 
@@ -194,12 +225,14 @@ class Pool {
     alignas(128) std::atomic<uint32_t> gate_{0};
     std::atomic<bool> caller_sleeps_{false};
     std::atomic<int> sleeping_{0};
-    alignas(128) std::atomic<long> next_{0};
     alignas(128) PoolBody body_ = nullptr;
     void* context_ = nullptr;
     long count_ = 0;
+    uint32_t job_ = 0;
+    Counters* counters_ = nullptr;
     std::atomic<int> thread_count_{1};
     alignas(128) std::mutex turn_;
+    Counters global_{1}, local_{1};
     std::vector<std::thread> workers_;
     std::vector<int> cpus_;
 };
@@ -214,7 +247,7 @@ Pool& pool() {
 
 int threads() { return pool().threads(); }
 
-void pool_run(long count, PoolBody body, void* context) { pool().run(count, body, context); }
+void pool_run(long count, PoolBody body, void* context, bool local) { pool().run(count, body, context, local); }
 
 }  // namespace tandem
 

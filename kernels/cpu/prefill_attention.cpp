@@ -15,125 +15,21 @@
 // keys add exact zeros: a token's result depends on its own row alone.
 #include <algorithm>
 
-#include "attention.h"
+#include "prefill_kernels.h"
 
 namespace tandem {
 namespace {
 
-constexpr long kRows = 6;     // rows of a micro-kernel: 6 x 4 sums, 4 vectors of the right side, 1 broadcast
-constexpr long kPanel = 64;   // columns of one panel of the right side
-constexpr long kKeys = 128;   // keys of a tile
-constexpr long kTileRows = 192;
-
-// Terms of a float32 dot product that are added one after the other; such sums are then added. One chain over all of
-// head_dim has several times the rounding error, and saves 2 % of the time.
-template <class T>
-constexpr long kChain = sizeof(T) == 4 ? 32 : 128;
+constexpr long kTileRows = 192;  // of a tile of queries, half as many of wide heads: q and output share a megabyte
 
 // A running maximum may lag behind the true one by this many powers of 2 before sums are rescaled. It saves nearly all
 // rescaling after the first tile, and float32 does not mind weights up to 64.
 constexpr float kLag = 6;
 
+// Terms of a float32 dot product that are added one after the other; such sums are then added. One chain over all of
+// head_dim has several times the rounding error, and saves 2 % of the time.
 template <class T>
-constexpr long kPerWord = 4 / sizeof(T);
-
-template <class T>
-inline __m512 step(__m512 sum, __m512i left, __m512i right) {
-    if constexpr (sizeof(T) == 4) {
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
-    } else {
-        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
-    }
-}
-
-// to [M, N * 16] (+)= left [M, steps] x right [steps, N * 16], in words. `right` is one panel. What is added to is read
-// last, so that the sum over steps is a short one.
-template <class T, int M, int N, long kLeftRow, long kLeftStep, bool kAdd>
-void multiply(const uint32_t* left, const uint32_t* right, float* to, long to_row, long steps) {
-    __m512 sum[M][N];
-#pragma GCC unroll 6
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_ps();
-    for (long k = 0; k < steps; ++k) {
-        __m512i columns[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) columns[n] = _mm512_load_si512(right + k * kPanel + n * 16);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) {
-            const __m512i value = _mm512_set1_epi32(static_cast<int>(left[m * kLeftRow + k * kLeftStep]));
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) sum[m][n] = step<T>(sum[m][n], value, columns[n]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-            float* const place = to + m * to_row + n * 16;
-            _mm512_store_ps(place, kAdd ? _mm512_add_ps(_mm512_load_ps(place), sum[m][n]) : sum[m][n]);
-        }
-}
-
-using Multiply = void (*)(const uint32_t*, const uint32_t*, float*, long, long);
-
-// By rows - 1 and vectors - 1.
-template <class T, long kLeftRow, long kLeftStep, bool kAdd>
-struct MultiplyTable {
-    template <int M>
-    static constexpr Multiply of(long vectors) {
-        return vectors == 4   ? multiply<T, M, 4, kLeftRow, kLeftStep, kAdd>
-               : vectors == 3 ? multiply<T, M, 3, kLeftRow, kLeftStep, kAdd>
-               : vectors == 2 ? multiply<T, M, 2, kLeftRow, kLeftStep, kAdd>
-                              : multiply<T, M, 1, kLeftRow, kLeftStep, kAdd>;
-    }
-    static constexpr Multiply get(long rows, long vectors) {
-        return rows == 6   ? of<6>(vectors)
-               : rows == 5 ? of<5>(vectors)
-               : rows == 4 ? of<4>(vectors)
-               : rows == 3 ? of<3>(vectors)
-               : rows == 2 ? of<2>(vectors)
-                           : of<1>(vectors);
-    }
-};
-
-template <class T>
-using ScoreTable = MultiplyTable<T, 1, kRows, false>;
-template <class T>
-using AddScoreTable = MultiplyTable<T, 1, kRows, true>;
-template <class T>
-using ValueTable = MultiplyTable<T, kKeys, 1, true>;
-
-// 16 x 16 words: to[w * kPanel + r] = rows[r][w].
-inline void transpose16(const uint32_t* const* rows, long word, __mmask16 lanes, uint32_t* to) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) a[r] = _mm512_maskz_loadu_epi32(lanes, rows[r] + word);
-#pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {
-        b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-        b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 16; r += 4) {
-        a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
-        a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
-        a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
-        a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
-    }
-    // a[4 i + j] has, in 128-bit lane l, word 4 l + j of rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-        const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
-        const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44), high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-        _mm512_store_si512(to + j * kPanel, _mm512_shuffle_i32x4(low01, low23, 0x88));
-        _mm512_store_si512(to + (4 + j) * kPanel, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-        _mm512_store_si512(to + (8 + j) * kPanel, _mm512_shuffle_i32x4(high01, high23, 0x88));
-        _mm512_store_si512(to + (12 + j) * kPanel, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-    }
-}
-
-alignas(64) const uint32_t kZeroRow[256] = {};
+constexpr long kChain = sizeof(T) == 4 ? 32 : 128;
 
 // One thread's buffers for one tile, all in words.
 template <class T>
@@ -151,9 +47,11 @@ struct Tile {
     float* top;       // [rows]: the maximum that weights are relative to
 
     Tile(const AttentionArgs& args, long row_count)
-        : words(args.head_dim / kPerWord<T>), words_up((words + 15) / 16 * 16), rows((row_count + kRows - 1) / kRows * kRows),
+        : words(args.head_dim / kPerWord<T>),
+          words_up((words + 15) / 16 * 16),
+          rows((row_count + kRows - 1) / kRows * kRows),
           columns((args.head_dim + 15) / 16 * 16) {
-        thread_local Scratch scratch;
+        thread_local AttentionScratch scratch;
         const long panels = (columns + kPanel - 1) / kPanel;
         const long sizes[] = {rows * words_up, kKeys * words_up, panels * kPanel * kKeys / kPerWord<T>,
                               kRows * kKeys, rows * columns, rows * 16, rows};
@@ -224,7 +122,8 @@ void pack_v(const uint32_t* const* keys, long v_offset, long key_count, Tile<T>&
             const uint32_t *const even = row_of(key), *const odd = row_of(key + 1);
             for (long word = 0; word < tile.words; word += 16) {
                 const __mmask16 lanes = first_lanes(tile.words - word);
-                const __m512i a = _mm512_maskz_loadu_epi32(lanes, even + word), b = _mm512_maskz_loadu_epi32(lanes, odd + word);
+                const __m512i a = _mm512_maskz_loadu_epi32(lanes, even + word);
+                const __m512i b = _mm512_maskz_loadu_epi32(lanes, odd + word);
                 const long column = 2 * word;
                 uint32_t* const to = tile.v + column / kPanel * panel_words + key / 2 * kPanel + column % kPanel;
                 _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
@@ -255,8 +154,8 @@ void softmax_row(const ScoreRule& rule, const Sight& sight, long keys, float* sc
     }
     if (!sight.all(keys)) {
         for (long key = 0; key < keys; key += 16) {
-            const __m512 shown = _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sight.lanes(key), _mm512_load_ps(scores + key));
-            _mm512_store_ps(scores + key, shown);
+            const __m512 score = _mm512_load_ps(scores + key);
+            _mm512_store_ps(scores + key, _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), sight.lanes(key), score));
         }
     }
     __m512 highest = _mm512_load_ps(scores), highest2 = _mm512_load_ps(scores + (keys > 16 ? 16 : 0));
@@ -326,7 +225,8 @@ void write_output(const AttentionArgs& args, const AttentionRow& row, long first
                   const Tile<T>& tile) {
     const long group = args.heads / args.kv_heads;
     for (long r = 0; r < count * group; ++r) {
-        const long head = kv_head * group + r % group, place = (row.query_start + first + r / group) * args.heads + head;
+        const long head = kv_head * group + r % group;
+        const long place = (row.query_start + first + r / group) * args.heads + head;
         const float sum = sum16(_mm512_load_ps(tile.sums + r * 16));
         const __m512 factor = _mm512_set1_ps(finish_softmax(args, head, tile.top[r], sum, args.lse + place));
         T* const to = static_cast<T*>(args.output) + place * args.head_dim;
@@ -351,7 +251,6 @@ void attend_tile(const AttentionArgs& args, const AttentionRow& row, long first,
     const long first_position = row.start() + first, end = first_position + count;
     const long oldest = first_position - std::min(args.window - 1, first_position);
     const long key_words = args.kv_heads * tile.words, v_offset = args.block_size * key_words;
-    const uint32_t* const kv = static_cast<const uint32_t*>(args.kv) + kv_head * tile.words;
     for (long base = 0; base < end; base += kKeys) {
         if (base >= args.sink_tokens && base + kKeys <= oldest) {
             base = (oldest / kKeys - 1) * kKeys;
@@ -359,14 +258,11 @@ void attend_tile(const AttentionArgs& args, const AttentionRow& row, long first,
         }
         const uint32_t* keys[kKeys];
         const long seen = std::min(kKeys, end - base), padded = (seen + kGrain - 1) / kGrain * kGrain;
-        for (long key = 0; key < padded; ++key) {
-            const long position = base + key;
-            // What no token of the tile sees may be anything, NaN too, and must not be multiplied even by 0.
-            const bool live = position < end && (position >= oldest || position < args.sink_tokens);
-            keys[key] = !live ? kZeroRow
-                              : kv + row.table[position / args.block_size] * 2 * v_offset +
-                                    position % args.block_size * key_words;
-        }
+        find_keys(args, row, base, base + seen, key_words, kv_head * tile.words, keys);
+        std::fill(keys + seen, keys + padded, kZeroRow);
+        // What no token of the tile sees may be anything, NaN too, and must not be multiplied even by 0.
+        const long dead = std::max(base, args.sink_tokens), dead_end = std::min(base + seen, oldest);
+        if (dead < dead_end) std::fill(keys + (dead - base), keys + (dead_end - base), kZeroRow);
         pack_k(keys, padded, tile);
         pack_v(keys, v_offset, padded, tile);
         for (long r = 0; r < rows; r += kRows) {

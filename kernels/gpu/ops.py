@@ -9,6 +9,7 @@ from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.rope_store import rope_store
 from kernels.gpu.scatter_blocks import scatter_blocks
 from kernels.gpu.silu_mul import silu_mul
+from kernels.torch_ops import take_rows
 
 __all__ = [
     "copy_blocks",
@@ -18,4 +19,5 @@ __all__ = [
     "rope_store",
     "scatter_blocks",
     "silu_mul",
+    "take_rows",
 ]

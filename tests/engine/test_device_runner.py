@@ -17,7 +17,7 @@ from engine.batch import PENDING_TOKEN, Batch, KVLayout, Row, SampleSpec, StepOu
 from engine.device_runner import DeviceRunner
 from engine.device_sampler import DeviceSampler
 from engine.forward import Forward
-from engine.forward_graphs import Capture, CudaCapture, GraphedForward, Result, padded_rows
+from engine.forward_graphs import GraphedForward, padded_rows
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.model_config import ModelConfig
@@ -26,8 +26,10 @@ from engine.sampling import SamplingParams
 from engine.torch_runner import TorchRunner
 from engine.weights import random_weights
 from kernels import torch_ops
+from kernels.capture import Capture, Result
 from kernels.choice import Kernels
 from kernels.gpu import ops
+from kernels.gpu.cuda_capture import CudaCapture
 from kernels.linear import DenseLinear
 from tests.kernels.gpu.conftest import device
 from tests.kernels.gpu.quick_interpreter import quick_interpreter
@@ -100,7 +102,7 @@ def make_device(where: torch.device, chunks: Sequence[int] = ()) -> tuple[Device
     model = Model(CONFIG, weights, Kernels("triton", ops, DenseLinear, lambda threads, cpus: None))
     cache = poisoned(where, ops)
     capture: Capture = CudaCapture() if where.type == "cuda" else Rerun()
-    forward = GraphedForward(Forward(model, cache.tensor, 2), capture, LAYOUT.block_size, padded_rows(4), chunks)
+    forward = GraphedForward(Forward(model, cache.tensor, 2), capture, padded_rows(4), chunks)
     return DeviceRunner(forward, cache, DeviceSampler(97, (), where), device=where), forward, cache
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from engine.batch import Row, SampleSpec
@@ -18,7 +19,7 @@ ROWS = (
 
 
 def test_exact_inputs_agree_with_the_plain_batch() -> None:
-    inputs = pack_step(ROWS, 4, shape_of(ROWS, 4)).on(torch.device("cpu"))
+    inputs = pack_step(ROWS, 4, shape_of(ROWS, 4), 9).on(torch.device("cpu"))
     plain = build_attention_batch(
         [(row.start, len(row.token_ids), row.block_ids) for row in ROWS], 4, torch.device("cpu")
     )
@@ -31,7 +32,7 @@ def test_exact_inputs_agree_with_the_plain_batch() -> None:
 
 def test_padding_rows_read_and_write_nothing_and_come_last() -> None:
     rows = ROWS[1:2]
-    inputs = pack_step(rows, 4, shape_of(rows, 4).padded(3, 5))
+    inputs = pack_step(rows, 4, shape_of(rows, 4).padded(3, 5), 9)
     attention = inputs.attention
     assert attention.block_tables.tolist() == [[1, 0, 0, 0, 0], [0] * 5, [0] * 5]
     assert attention.context_lengths.tolist() == [7, 0, 0]
@@ -43,6 +44,13 @@ def test_padding_rows_read_and_write_nothing_and_come_last() -> None:
 
 def test_nothing_but_padding() -> None:
     shape = shape_of(ROWS[1:2], 4).padded(2, 4)
-    inputs = pack_step((), 4, shape)
+    inputs = pack_step((), 4, shape, 9)
     assert inputs.attention.context_lengths.tolist() == [0, 0]
     assert inputs.attention.slots.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("token_id", [9, 10_000, -2])
+def test_a_token_that_is_none_is_refused(token_id: int) -> None:
+    row = Row("a", (3, token_id), 0, (1,))
+    with pytest.raises(IndexError, match="the vocabulary has 9"):
+        pack_step((row,), 4, shape_of((row,), 4), 9)
