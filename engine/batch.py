@@ -86,7 +86,7 @@ class StepOutput:
 
 
 # Size of one element of a KV cache, by the dtype names that KVLayout uses.
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint64": 8}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1, "uint64": 8}
 
 
 @dataclass(frozen=True, slots=True)

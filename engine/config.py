@@ -19,11 +19,14 @@ class EngineConfig(BaseModel):
         description="The default model's name, a GGUF file, a Hugging Face folder, or a hub id.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of weights, activations and KV. auto: float32 on CPU, bfloat16 on GPU."
+        "auto", description="Type of weights and activations. auto: float32 on CPU, bfloat16 on GPU."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     weight_format: Literal["dense", "int8", "int4"] = Field(
         "dense", description="dense: matrices in dtype. int8, int4: quantised while loading, in groups of 32; CPU only."
+    )
+    kv_dtype: Literal["auto", "float8_e4m3"] = Field(
+        "auto", description="Type of KV. auto: dtype. float8_e4m3: half of bfloat16's bytes, three bits of mantissa."
     )
     kernels: Literal["auto", "torch"] = Field(
         "auto", description="auto: the fastest that run on the device. torch: plain torch, to compare with."

@@ -71,7 +71,7 @@ def load_engine(config: EngineConfig, files: ModelFiles, ranks: Ranks | None = N
     source = open_weights(files)
     model = source.config
     # Before the weights are read: a pool that cannot be had should be known at once.
-    num_blocks = count_blocks(model, config.kv_cache_bytes, config.block_size, dtype)
+    num_blocks = count_blocks(model, config.kv_cache_bytes, config.block_size, kv_dtype(config, dtype))
     weights = load_weights(source, DTYPES[dtype], device)
     return Engine(model, build_runner(config, model, weights, num_blocks, dtype, device), files)
 
@@ -125,7 +125,8 @@ def load_share(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> Share:
     split = shards(model, config.tensor_parallel, config.pipeline_parallel)
     configs = [local_config(model, shard) for shard in split]
     # Blocks have the same ids on all ranks, so there are as many as fit where a block is largest.
-    num_blocks = min(count_blocks(each, config.kv_cache_bytes, config.block_size, dtype) for each in configs)
+    in_cache = kv_dtype(config, dtype)
+    num_blocks = min(count_blocks(each, config.kv_cache_bytes, config.block_size, in_cache) for each in configs)
     weights = load_weights(source, DTYPES[dtype], device, split[rank])
     layout = make_layout(config, model, fingerprint(model, weights), num_blocks, dtype)
     kernels = kernels_for(config, device, dtype)
@@ -175,7 +176,7 @@ def make_layout(config: EngineConfig, model: ModelConfig, name: str, num_blocks:
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        dtype=dtype,
+        dtype=kv_dtype(config, dtype),
         block_size=config.block_size,
         num_blocks=num_blocks,
     )
@@ -198,6 +199,11 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], rank: int = 0) -> torc
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", rank % torch.cuda.device_count()) if rank else torch.device("cuda")
+
+
+def kv_dtype(config: EngineConfig, dtype: str) -> str:
+    """The cache's dtype, by a name of `engine/kv_cache.py`."""
+    return dtype if config.kv_dtype == "auto" else config.kv_dtype
 
 
 def choose_dtype(wanted: str, device: torch.device) -> str:

@@ -20,7 +20,12 @@ from engine.kv_staging import KVStaging
 from engine.model_config import ModelConfig
 from kernels.ops import Ops
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3": torch.float8_e4m3fn,
+}
 
 
 def count_blocks(config: ModelConfig, kv_cache_bytes: int, block_size: int, dtype: str) -> int:

@@ -51,10 +51,7 @@ def rope_store(
     block_size = kv_layer.shape[2]
     rows = slots + slots.div(block_size, rounding_mode="floor") * block_size
     by_slot = kv_layer.view(-1, *kv_layer.shape[3:])
-    if by_slot.dtype == torch.float8_e4m3fn:
-        # torch copies no float8 by index; its bytes will do.
-        k, v = (x.to(torch.float8_e4m3fn).view(torch.uint8) for x in (k, v))
-        by_slot = by_slot.view(torch.uint8)
+    k, v, by_slot = _movable(k.to(kv_layer.dtype)), _movable(v.to(kv_layer.dtype)), _movable(by_slot)
     by_slot.index_copy_(0, rows, k)
     by_slot.index_copy_(0, rows + block_size, v)
     return _rotate(q, cos, sin)
@@ -75,13 +72,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def copy_blocks(kv: torch.Tensor, pairs: torch.Tensor) -> None:
+    kv = _movable(kv)
     kv[:, pairs[:, 1]] = kv[:, pairs[:, 0]]
 
 
 def gather_blocks(kv: torch.Tensor, block_ids: torch.Tensor, layers: range, block_tokens: int) -> torch.Tensor:
     rows = _block_rows(kv, block_ids, layers)
-    blocks = kv.view(kv.shape[0] * kv.shape[1], -1).index_select(0, rows)
-    shaped = blocks.view(len(layers), len(block_ids), *kv.shape[2:])
+    blocks = _movable(kv).view(kv.shape[0] * kv.shape[1], -1).index_select(0, rows)
+    shaped = blocks.view(kv.dtype).view(len(layers), len(block_ids), *kv.shape[2:])
     return shaped if block_tokens == kv.shape[3] else shaped[:, :, :, :block_tokens].contiguous()
 
 
@@ -90,7 +88,7 @@ def scatter_blocks(
 ) -> None:
     _, source_count, _, block_tokens, *row_shape = blocks.shape
     block_size = kv.shape[3]
-    blocks = blocks.to(kv.dtype)
+    blocks, kv = _movable(blocks.to(kv.dtype)), _movable(kv)
     if block_tokens == block_size and first_slot == 0:
         rows = _block_rows(kv, block_ids[:source_count], layers)
         kv.view(kv.shape[0] * kv.shape[1], -1).index_copy_(0, rows, blocks.reshape(len(rows), -1))
@@ -101,6 +99,11 @@ def scatter_blocks(
     for half in (0, 1):
         tokens = blocks[:, :, half].reshape(len(layers), -1, *row_shape)
         per_layer.index_copy_(1, key_rows + half * block_size, tokens)
+
+
+def _movable(x: torch.Tensor) -> torch.Tensor:
+    """The same elements as torch can copy them by index: float8 it cannot, bytes it can."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _block_rows(kv: torch.Tensor, block_ids: torch.Tensor, layers: range) -> torch.Tensor:

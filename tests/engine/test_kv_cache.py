@@ -13,6 +13,8 @@ from engine.kv_cache import DTYPES, KVCache, count_blocks
 from engine.model_config import from_hf
 from kernels import torch_ops
 
+# Eight bits do not hold a stamp; tests/engine/test_float8_kv.py has that dtype.
+STAMPABLE = [name for name in DTYPES if name != "float8_e4m3"]
 CPU = torch.device("cpu")
 LAYOUT = KVLayout("m", num_layers=3, num_kv_heads=2, head_dim=5, dtype="float32", block_size=4, num_blocks=8)
 LAYERS = range(1, 3)
@@ -35,8 +37,8 @@ def stamp(layout: KVLayout, token: int) -> torch.Tensor:
     return ((numbers + 7 * token) % 127).reshape(shape).to(DTYPES[layout.dtype])
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("target_dtype", list(DTYPES))
+@pytest.mark.parametrize("dtype", STAMPABLE)
+@pytest.mark.parametrize("target_dtype", STAMPABLE)
 @pytest.mark.parametrize("target_block", [1, 3, 4, 16])
 def test_whole_blocks_arrive_in_other_layouts(dtype: str, target_dtype: str, target_block: int) -> None:
     source = stamped(replace(LAYOUT, dtype=dtype), 0, [5, 0, 3], 12)
