@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.host_port import is_host_port
 
@@ -38,6 +38,11 @@ class ClusterConfig(BaseModel):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray's strategy for the workers' bundles."
     )
+    pin_cpus: bool = Field(
+        False,
+        description="Bind the threads of each worker to CPUs of its own: an equal share of engine.cpus, or of all. For "
+        "workers that are all on one machine.",
+    )
     max_restarts: int = Field(3, ge=0, description="How often a worker that died is started again.")
     start_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="How long all workers together may take until they report."
@@ -52,6 +57,14 @@ class ClusterConfig(BaseModel):
         if value not in ("ray", "none") and not is_host_port(value):
             raise ValueError("ray, none, or HOST:PORT of an existing Ray cluster")
         return value
+
+    @model_validator(mode="after")
+    def _pinned_on_one_machine(self) -> ClusterConfig:
+        if self.pin_cpus and self.is_remote:
+            raise ValueError(
+                "pin_cpus: got true, expected false on an existing Ray cluster: workers may share machines"
+            )
+        return self
 
     @property
     def is_remote(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,10 +25,11 @@ from cluster.rank_process import rank_processes
 from cluster.registry import WorkerReport
 from cluster.registry_server import send_heartbeat
 from cluster.served_model import served_name
-from cluster.worker_spec import WorkerSpec
+from cluster.worker_spec import WorkerSpec, cpus_of
 from decode_worker.config import DecodeConfig
 from decode_worker.server import decode_service
 from decode_worker.worker import DecodeWorker
+from engine.config import EngineConfig
 from engine.device_runner import DeviceRunner
 from engine.engine import Engine, check_ranks, load_engine
 from engine.errors import TandemError
@@ -103,7 +105,7 @@ async def _run_engine(
     ranks = None
     if rendezvous is not None and config.engine.ranks > 1:
         ranks = Ranks(Member(0, *config.engine.parallel, rendezvous.host), rendezvous)
-    engine = await asyncio.to_thread(load_engine, config.engine, files, ranks)
+    engine = await asyncio.to_thread(load_engine, _bound(spec, config), files, ranks)
     name = served_name(config.engine.model, files)
     try:
         async with _worker(spec, config, engine) as (worker, service):
@@ -136,6 +138,13 @@ async def _worker(
         yield decode, decode_service(decode)
     finally:
         await transport.close()
+
+
+def _bound(spec: WorkerSpec, config: TandemConfig) -> EngineConfig:
+    """The engine's config with the CPUs that are this worker's alone."""
+    available = config.engine.cpus or tuple(sorted(os.sched_getaffinity(0)))
+    cpus = cpus_of(spec.worker_id, config.cluster, available)
+    return config.engine.model_copy(update={"cpus": cpus}) if cpus else config.engine
 
 
 def _decode_config(config: DecodeConfig, engine: Engine) -> DecodeConfig:

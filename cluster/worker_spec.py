@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.cluster_config import ClusterConfig
 from cluster.registry import Role
+from engine.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +30,20 @@ def worker_names(config: ClusterConfig) -> list[tuple[Role, str]]:
     prefill: list[tuple[Role, str]] = [("prefill", f"prefill-{index}") for index in range(config.prefill)]
     decode: list[tuple[Role, str]] = [("decode", f"decode-{index}") for index in range(config.decode)]
     return prefill + decode
+
+
+def cpus_of(worker_id: str, config: ClusterConfig, available: Sequence[int]) -> tuple[int, ...]:
+    """The CPUs that a worker's threads are bound to: its share of the `available` ones, none where nothing is bound.
+
+    Shares differ by one CPU at most. Raises ConfigError where there are fewer CPUs than workers.
+    """
+    names = [name for _, name in worker_names(config)]
+    if not config.pin_cpus or worker_id not in names:
+        return ()
+    if len(available) < len(names):
+        raise ConfigError(
+            f"pin_cpus: {len(names)} workers cannot each have a CPU of their own: there are {len(available)}"
+        )
+    index = names.index(worker_id)
+    ends = [len(available) * share // len(names) for share in (index, index + 1)]
+    return tuple(available[ends[0] : ends[1]])

@@ -18,6 +18,7 @@ from engine.batch import KVLayout
 from engine.errors import ConfigError, TransferFailed
 from engine.kv_staging import KVStaging
 from engine.model_config import ModelConfig
+from kernels.cpu.huge_pages import advise_huge_pages
 from kernels.ops import Ops
 
 DTYPES = {
@@ -50,6 +51,7 @@ class KVCache:
         dtype = DTYPES[layout.dtype]
         try:
             self.tensor = torch.empty(shape, dtype=dtype, device=device)
+            advise_huge_pages(self.tensor)
         except RuntimeError as error:
             wanted = math.prod(shape) * dtype.itemsize
             raise ConfigError(f"kv_cache_bytes: {wanted} bytes cannot be had on {device}") from error

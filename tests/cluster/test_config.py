@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import FLAGS, TandemConfig, from_json, known_keys, load, to_json
 from cluster.environment import read_environment, worker_variables
-from cluster.worker_spec import worker_names
+from cluster.worker_spec import cpus_of, worker_names
 from engine.errors import ConfigError
 
 
@@ -138,3 +138,18 @@ def test_worker_variables_respect_the_users_own():
     assert worker_variables(3, {})["OMP_NUM_THREADS"] == "3"
     assert int(worker_variables(0, {})["OMP_NUM_THREADS"]) >= 1
     assert worker_variables(3, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_pinned_workers_share_the_cpus_and_none_is_left_over() -> None:
+    cluster = load(None, {}).cluster.model_copy(update={"prefill": 1, "decode": 2, "pin_cpus": True})
+    shares = [cpus_of(name, cluster, range(10, 18)) for _, name in worker_names(cluster)]
+    assert shares == [(10, 11), (12, 13, 14), (15, 16, 17)]
+    assert cpus_of("by-hand", cluster, range(8)) == ()
+    assert cpus_of("decode-0", cluster.model_copy(update={"pin_cpus": False}), range(8)) == ()
+    with pytest.raises(ConfigError, match="pin_cpus: 3 workers cannot each have a CPU of their own: there are 2"):
+        cpus_of("decode-0", cluster, range(2))
+
+
+def test_workers_on_several_machines_are_not_pinned(file) -> None:
+    text = problem(file("cluster:\n  address: head:6379\n  pin_cpus: true\n"))
+    assert "pin_cpus: got true, expected false" in text
