@@ -5,7 +5,11 @@
 #   make test    format, lint, types, import directions and every test, in some minutes
 #   make check   the same without the tests
 #   make test-nightly   the long tests too
-#   make bench-first-token, bench-disconnect   the benchmarks of docs/performance.md
+#   make bench-first-token, bench-disconnect   what the split costs, for docs/performance.md
+#   make bench-engine   our engine on this CPU beside others; WRITE=1 puts the tables into docs/performance.md
+#                VLLM_PYTHON= HF_FOLDER= [VLLM_PRELOAD=] and LLAMA_BIN= GGUF= name those that are not transformers
+#   make test-gpu, bench-gpu, bench-kernels   on a machine with a GPU, where nothing has to be installed by this file:
+#                without .venv they take python3, with torch, triton, pytest and hypothesis; bench-gpu writes its tables
 #   make clean   removes what the others made
 
 PYTHON ?= python3
@@ -18,10 +22,19 @@ TORCH := torch==2.13.0
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+# The Python that sees the GPU.
+GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+# Most of a GPU test's time is compiling, on one core: where pytest-xdist is at hand, on all.
+GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && nproc)
+VLLM_FLAGS = $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON) --hf-folder $(HF_FOLDER)) \
+  $(if $(VLLM_PRELOAD),--vllm-preload $(VLLM_PRELOAD))
+LLAMA_FLAGS = $(if $(LLAMA_BIN),--llama-bin $(LLAMA_BIN) --gguf $(GGUF))
+write = $(if $(WRITE),--write $(1))
 # Several processes share the cores: a thread that waits must not spin on one that another could use.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve test test-nightly bench-first-token bench-disconnect check model clean install
+.PHONY: demo serve test test-nightly test-gpu check model clean install cuda-device
+.PHONY: bench-first-token bench-disconnect bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
 	@$(BIN)/tandem demo
@@ -35,6 +48,10 @@ test: check model
 test-nightly: check model
 	TANDEM_TEST_PROFILE=nightly $(BIN)/python -m pytest -m "not gpu" --timeout 3600 $(PYTEST_FLAGS)
 
+test-gpu: cuda-device
+	$(GPU_PYTHON) -m pytest -c tests/gpu.ini --rootdir . -m gpu \
+	  $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist worksteal) $(PYTEST_FLAGS)
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,6 +63,25 @@ bench-first-token: model
 
 bench-disconnect: model
 	$(BIN)/python -m bench.disconnect $(BENCH_FLAGS)
+
+bench-engine: model
+	$(BIN)/python -m bench.engine --dtype float32 $(call write,engine-float32) $(VLLM_FLAGS) $(BENCH_FLAGS)
+	$(BIN)/python -m bench.engine --dtype bfloat16 $(call write,engine-bfloat16) $(VLLM_FLAGS) $(BENCH_FLAGS)
+	$(BIN)/python -m bench.engine --weights int4,int8 --batches 1,8 $(call write,engine-integer) \
+	  --no-transformers $(LLAMA_FLAGS) $(BENCH_FLAGS)
+
+bench-kernels: cuda-device
+	$(GPU_PYTHON) -m bench.kernels $(BENCH_FLAGS)
+
+# Tile sizes first: what the kernels' benchmark has chosen, the engine runs with.
+bench-gpu: cuda-device
+	$(GPU_PYTHON) -m bench.kernels --tune --write
+	$(GPU_PYTHON) -m bench.engine --device cuda --dtype bfloat16 --random llama-3.1-8b --context 2048 \
+	  --prefill 512,2048,8192 --batches 1,8,32,64,128 --rounds 3 --tune --write gpu-engine $(BENCH_FLAGS)
+
+cuda-device:
+	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
+	  { echo "no CUDA device that $(GPU_PYTHON) can use; GPU_PYTHON= names another Python" >&2; exit 2; }
 
 # The default model, so that no test has to wait for it; tests themselves never download anything.
 model: $(INSTALLED)
@@ -63,6 +99,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@echo "installing the pinned packages into $(VENV); the first time takes some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m kernels.cpu.library
 	@touch $@
 
 clean:

@@ -83,7 +83,8 @@ class Model:
         tensors = weights.tensors
         # A stage of several may lack what only the first or the last one needs.
         self._embed, self._norm = tensors.pop("embed", None), tensors.pop("norm", None)
-        self._head = kernels.pack(tensors.pop("head"), None) if "head" in tensors else None
+        pack_head = kernels.pack_head or kernels.pack
+        self._head = pack_head(tensors.pop("head"), None) if "head" in tensors else None
         self._layers = [_take_layer(tensors, layer, kernels, ranks) for layer in range(config.num_layers)]
         device = self._layers[0].attn_norm.device
         self._table = rope_table(config, device, tensors.pop("rope_factors", None))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +15,8 @@ from engine.model import Model
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler
 from engine.torch_runner import TorchRunner
+from engine.weight_parts import Weights
 from kernels.choice import Kernels
-
-if TYPE_CHECKING:
-    from engine.weights import Weights
 
 
 def make_runner(

@@ -29,7 +29,8 @@ class Kernels:
 
     `bind(threads, cpus)` is called once by the thread that is going to compute: how many threads share the work (0:
     the default), and which CPUs they are bound to, one each (none: wherever the operating system puts them).
-    `capture` makes what records forward passes, where they can be.
+    `capture` makes what records forward passes, where they can be. `pack_head` is for the matrix that gives logits,
+    where that is not packed like the others.
     """
 
     name: Literal["torch", "cpu", "triton"]
@@ -37,6 +38,7 @@ class Kernels:
     pack: Pack
     bind: Callable[[int, Sequence[int]], None]
     capture: Callable[[], Capture] | None = None
+    pack_head: Pack | None = None
 
 
 def choose_kernels(
@@ -77,7 +79,16 @@ def _cpu(dtype: torch.dtype, weight_format: WeightFormat) -> Kernels | None:
 
     dense: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
     chosen = dense if weight_format == "dense" else weight_format
-    return Kernels("cpu", ops, partial(pack, weight_format=chosen), _bind_cpu, partial(CallRecorder, library))
+    # Rounding the head moves every logit: a file of four bits a weight has eight there, and so have we.
+    head: Literal["float32", "bfloat16", "int8"] = "int8" if chosen == "int4" else chosen
+    return Kernels(
+        "cpu",
+        ops,
+        partial(pack, weight_format=chosen),
+        _bind_cpu,
+        partial(CallRecorder, library),
+        partial(pack, weight_format=head),
+    )
 
 
 def _bind_torch(threads: int, cpus: Sequence[int]) -> None:

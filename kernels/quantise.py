@@ -21,8 +21,10 @@ IntegerFormat = Literal["int8", "int4"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantisedWeight:
-    """`values` uint8 [out_features, groups, GROUP], `scales` and `minima` float32 [out_features, groups]. Input features
-    past `in_features` are padding. `is_half`: scales and minima (of int8: scales) are float16 numbers."""
+    """`values` uint8 [out_features, groups, GROUP], `scales` and `minima` float32 [out_features, groups].
+
+    Input features past `in_features` are padding. `is_half`: scales, and int4's minima, are float16 numbers.
+    """
 
     weight_format: IntegerFormat
     in_features: int

@@ -1,6 +1,7 @@
 // Cuts a matrix product into tiles and hands them to the threads.
 #include "linear.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "pool.h"
@@ -8,16 +9,16 @@
 namespace tandem {
 namespace {
 
-constexpr long kChunkBytes = 8 << 20;   // packed x that is multiplied at once: a part of the last-level cache
+constexpr long kChunkBytes = 8 << 20;    // packed x that is multiplied at once: a part of the last-level cache
 constexpr long kPieceBytes = 640 << 10;  // packed x that is walked panel by panel: most of a core's L2
 constexpr long kRangeBytes = 192 << 10;  // of a panel per tile: stays in L2 while blocks are walked
-constexpr long kAheadBytes = 4096;      // how far ahead to fetch where every panel byte is used once
-constexpr long kTasksPerThread = 8;     // enough to even out, few enough to stream long runs
-constexpr long kPackAlone = 32 << 10;   // bytes that are packed faster than a second thread wakes up
+constexpr long kAheadBytes = 4096;       // how far ahead to fetch where every byte of a panel is used once
+constexpr long kTasksPerThread = 8;      // enough to even out, few enough to stream long runs
+constexpr long kPackAlone = 32 << 10;    // bytes that are packed sooner than a second thread would join in
 
 long ceil_divide(long a, long b) { return (a + b - 1) / b; }
 
-// Grows, never shrinks; 64-byte aligned.
+// Grows, never shrinks; starts on a page.
 class Scratch {
   public:
     ~Scratch() { std::free(bytes_); }
@@ -41,7 +42,8 @@ thread_local Scratch partial_sums;
 
 // `total` in `count` shares of at most `most`, which differ by at most one, the larger ones first.
 struct Shares {
-    Shares(long total, long most) : count(ceil_divide(total, most)), smaller(total / count), larger_count(total % count) {}
+    Shares(long total, long most)
+        : count(ceil_divide(total, most)), smaller(total / count), larger_count(total % count) {}
     long first(long share) const { return share * smaller + (share < larger_count ? share : larger_count); }
     long size(long share) const { return smaller + (share < larger_count); }
     long count, smaller, larger_count;
@@ -63,21 +65,18 @@ class Chunk {
 
     void run() {
         packed_ = pack();
-        const long pieces = ceil_divide(blocks_.count * block_bytes_, kPieceBytes);
-        const long wanted = kTasksPerThread * threads();
+        const long tasks = kTasksPerThread * threads();
         if (blocks_.count == 1) {
-            const long panels_per_task = panels_ / wanted > 1 ? panels_ / wanted : 1;
-            parallel_local(ceil_divide(panels_, panels_per_task), [&](long task, int) {
-                const long end = (task + 1) * panels_per_task;
-                for (long panel = task * panels_per_task; panel < end && panel < panels_; ++panel) multiply(panel, 0, 1);
+            const Shares runs(panels_, std::max(panels_ / tasks, 1L));
+            parallel_local(runs.count, [&](long run, int) {
+                for (long i = 0; i < runs.size(run); ++i) multiply(runs.first(run) + i, 0, 1);
             });
             return;
         }
+        const long pieces = ceil_divide(blocks_.count * block_bytes_, kPieceBytes);
         // As many cuts for each thread, so that it multiplies the rows that it packed.
-        long cuts = ceil_divide(wanted, panels_);
-        if (cuts < pieces) cuts = pieces;
-        cuts = ceil_divide(cuts, threads()) * threads();
-        if (cuts > blocks_.count) cuts = blocks_.count;
+        const long cuts_per_thread = ceil_divide(std::max(ceil_divide(tasks, panels_), pieces), threads());
+        const long cuts = std::min(cuts_per_thread * threads(), blocks_.count);
         parallel_local(cuts * panels_, [&](long task, int) {
             const long cut = task / panels_, panel = task % panels_;
             multiply(panel, blocks_.count * cut / cuts, blocks_.count * (cut + 1) / cuts);
@@ -122,13 +121,13 @@ class Chunk {
         float* partial = reinterpret_cast<float*>(partial_sums.at_least(partial_floats * sizeof(float)));
         for (long range = 0; range < ranges.count; ++range) {
             const long step = ranges.first(range) * kLanes, left = steps_ - step;
-            tile.steps = left < ranges.size(range) * kLanes ? left : ranges.size(range) * kLanes;
+            tile.steps = std::min(left, ranges.size(range) * kLanes);
             tile.panel = static_cast<const char*>(args_.weights) + panel * panel_bytes_ +
                          step * kernel_.panel_bytes_per_step;
             tile.first = range == 0;
             tile.last = range + 1 == ranges.count;
             const long range_bytes = tile.steps * kernel_.panel_bytes_per_step;
-            const long ahead = end - begin == 1 && range_bytes > kAheadBytes ? kAheadBytes : range_bytes;
+            const long ahead = end - begin == 1 ? std::min(range_bytes, kAheadBytes) : range_bytes;
             for (long block = begin; block < end; ++block) {
                 const long rows = blocks_.size(block);
                 tile.block = packed_ + block * block_bytes_ + step * kernel_.row_bytes_per_step * rows;
@@ -157,8 +156,7 @@ void tandem_linear(const LinearArgs* args) {
     if (args->rows <= 0 || args->out_features <= 0) return;
     const LinearKernel& kernel = args->format <= kWeightBfloat16 ? dense_kernel(*args) : integer_kernel(*args);
     const long row_bytes = ceil_divide(args->in_features, kernel.values_per_step) * kernel.row_bytes_per_step;
-    const long most = kChunkBytes / row_bytes > kernel.max_rows ? kChunkBytes / row_bytes : kernel.max_rows;
-    const Shares chunks(args->rows, most);
+    const Shares chunks(args->rows, std::max<long>(kChunkBytes / row_bytes, kernel.max_rows));
     for (long chunk = 0; chunk < chunks.count; ++chunk) {
         Chunk(*args, kernel, chunks.first(chunk), chunks.size(chunk)).run();
     }

@@ -1,12 +1,14 @@
 // y = x W^T + bias: what the formats share.
 //
-// Weights lie in panels of kColumns output features, zeros after the last. Along K a panel is a run of steps, and a step
-// holds kColumns lanes of 32 bits: one float32, two bfloat16, four int8 (or eight int4 in two steps' halves). A call
-// first packs x, in blocks of a few rows: a line of kLanes lanes of each row, then the next of each, so that no power of
-// two between rows makes them fight for cache sets. A tile is one block times one panel: per step it loads the panel's
-// lanes, broadcasts each row's, and adds to rows x kColumns sums in registers. One panel is multiplied by all blocks
-// before the next one, which is fetched meanwhile: weights cross the memory bus once per call, or once per kChunkBytes
-// of packed x.
+// Weights lie in panels of kColumns output features, zeros after the last. Along K a panel is a run of steps, and a
+// step holds kColumns lanes of 32 bits: one float32 or two bfloat16; in the integer formats a step is a whole group. A
+// call first packs x, in blocks of a few rows: a line of kLanes lanes of each row, then the next of each, so that no
+// power of two between rows makes them fight for cache sets. A tile is one block times one panel: per step it loads the
+// panel's lanes, broadcasts each row's, and adds to rows x kColumns sums in registers. One panel is multiplied by all
+// blocks before the next one, which is fetched meanwhile: weights cross the memory bus once per call, or once per
+// kChunkBytes of packed x.
+//
+// Every sum is taken in the same order however many rows, threads and tiles there are.
 #pragma once
 
 #include <cstdint>
@@ -43,18 +45,18 @@ namespace tandem {
 
 // One block of rows times one panel, over a range of K.
 struct Tile {
-    const char* block;         // packed rows, from the range's first step on
-    const char* panel;         // likewise
-    long steps;                // of the range
-    const char* ahead;         // what to fetch meanwhile, ahead_step bytes per step
+    const char* block;  // packed rows, from the range's first step on
+    const char* panel;  // likewise
+    long steps;         // of the range
+    const char* ahead;  // what to fetch meanwhile, ahead_step bytes per step
     long ahead_step;
-    float* partial;            // [rows, kColumns]: the sums so far, from one segment and range to the next
-    bool first, last;          // range of K
-    void* y;                   // the tile's first result
+    float* partial;     // [rows, kColumns]: the sums so far, from one segment and range to the next
+    bool first, last;   // range of K
+    void* y;            // the tile's first result
     long y_stride;
-    const float* bias;         // of the panel's first column, or null
-    int element;               // ElementType of y
-    __mmask16 lanes[2];        // which columns exist
+    const float* bias;   // of the panel's first column, or null
+    int element;         // ElementType of y
+    __mmask16 lanes[2];  // which columns exist
 };
 
 // What a format brings. `tiles[n]` multiplies a block of n rows.

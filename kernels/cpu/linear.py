@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from kernels.cpu.library import Library, load
+from kernels.cpu.memory import keep
 from kernels.cpu.recording import empty
 from kernels.linear import Linear
 from kernels.quantise import QuantisedWeight, quantise
@@ -103,14 +104,14 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightF
         panels, wide_scales = _integer_panels(quantised), not quantised.is_half
     else:
         panels = _dense_panels(weight.to(_DTYPES[weight_format]))
-    return PackedLinear(library, panels, out_features, in_features, bias, weight_format, wide_scales)
+    return PackedLinear(library, keep(panels), out_features, in_features, bias, weight_format, wide_scales)
 
 
 def _dense_panels(weight: torch.Tensor) -> torch.Tensor:
     """[panels, steps, columns, values per lane]."""
     per_lane = 4 // weight.itemsize
     padded = functional.pad(weight, (0, -weight.shape[1] % per_lane))
-    return padded.view(-1, _COLUMNS, padded.shape[1] // per_lane, per_lane).transpose(1, 2).contiguous()
+    return padded.view(-1, _COLUMNS, padded.shape[1] // per_lane, per_lane).transpose(1, 2)
 
 
 def _integer_panels(weight: QuantisedWeight) -> torch.Tensor:

@@ -13,8 +13,8 @@ struct Float32 {
     using Element = float;
     static constexpr int kPerLane = 1;
     // A sum of n terms one after the other errs by about n roundings of one term, one of n / s segments by sqrt(n * s).
-    // Few rows wait for memory anyway, and plain torch is most exact with few.
-    static constexpr long segment_steps(int rows) { return rows <= 4 ? 64 : rows <= 8 ? 128 : 288; }
+    // The same length for every number of rows: a row's result does not depend on the others of its batch.
+    static constexpr long kSegmentSteps = 192;
     static __m512 multiply_add(__m512 sum, __m512 x, __m512 w) { return _mm512_fmadd_ps(x, w, sum); }
     // The lanes of 16 steps of one row; those past `count` values are zero.
     static __m512i load_lanes(const float* row, long count) {
@@ -25,7 +25,7 @@ struct Float32 {
 struct Bfloat16 {
     using Element = bf16;
     static constexpr int kPerLane = 2;
-    static constexpr long segment_steps(int) { return 768; }  // the result's own rounding is far coarser
+    static constexpr long kSegmentSteps = 768;  // the result's own rounding is far coarser
     static __m512 multiply_add(__m512 sum, __m512 x, __m512 w) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
     }
@@ -41,7 +41,7 @@ void multiply_tile(const Tile& tile) {
     const float* panel = reinterpret_cast<const float*>(tile.panel);
     const char* ahead = tile.ahead;
     fetch_results<typename Format::Element, kRows>(tile);
-    const long lines = (tile.steps + kLanes - 1) / kLanes, segments = (lines * kLanes - 1) / Format::segment_steps(kRows) + 1;
+    const long lines = (tile.steps + kLanes - 1) / kLanes, segments = (lines * kLanes - 1) / Format::kSegmentSteps + 1;
     for (long segment = 0, begin = 0, end; segment < segments; ++segment, begin = end) {
         const bool last = segment + 1 == segments;
         end = last ? tile.steps : lines * (segment + 1) / segments * kLanes;

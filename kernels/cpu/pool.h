@@ -1,13 +1,13 @@
 // The threads that share the work of one call.
 //
 //     parallel_for(count, body)       body(long index, int thread), indices handed out one by one as threads get free
-//     parallel_local(count, body)     the same, but each thread first does its own share of the indices, the same one
-//                                     whenever the count is: what it wrote last time may still lie in its cache
+//     parallel_local(count, body)     the same, but each thread begins with its own share of the indices, the same
+//                                     for the same count: what it wrote last time may still be in its cache
 //     parallel_ranges(count, body)    body(long begin, long end, int thread), one even, contiguous share per thread
 //
-// `thread` is in [0, threads()), and no two bodies that run at once have the same. parallel_for hands out index 0 first.
-// The caller works too, and returns when all is done; a worker that wakes too late is not waited for. A call from within a
-// body runs in that body's thread. Calls from several threads take turns.
+// `thread` is in [0, threads()), and no two bodies that run at once have the same. parallel_for hands out index 0
+// first. The caller works too, and returns when all is done; a worker that wakes too late is not waited for. A call
+// from within a body runs in that body's thread. Calls from several threads take turns.
 //
 // A worker out of work spins for some microseconds, because the next call of a forward pass comes that soon, then
 // sleeps: other processes may want the core.

@@ -125,7 +125,8 @@ class Tuner:
         for index, config in enumerate(candidates):
             try:
                 times.append((self._time_ms(functools.partial(run, config)), index))
-            except (OutOfResources, CompilationError) as error:
+            except (OutOfResources, CompilationError, RuntimeError) as error:
+                # RuntimeError: a compiler pass that gave up on these sizes.
                 failure = error
         if not times:
             raise failure or AssertionError("a kernel has at least one candidate")

@@ -24,7 +24,7 @@ from engine.model_config import ModelConfig
 from engine.sampler import Sampler
 from engine.sampling import SamplingParams
 from engine.torch_runner import TorchRunner
-from engine.weights import random_weights
+from engine.weight_parts import random_weights
 from kernels import torch_ops
 from kernels.capture import Capture, Result
 from kernels.choice import Kernels
