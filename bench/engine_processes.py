@@ -105,7 +105,9 @@ class LlamaCpp:
             prompt, batch, new = point.prompt_tokens(steps), point.batch, steps
         flags = ["-npp", str(prompt), "-ntg", str(new), "-npl", str(batch), "--output-format", "jsonl"]
         flags += ["-c", str(max(512, 2 * batch * (prompt + new))), "-b", "2048", "-ub", "512"]
-        done = subprocess.run([*self._command, *flags], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*self._command, *flags], capture_output=True, text=True, check=False, env=environment_of(is_ours=False)
+        )
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or len(lines) != 1:
             raise ArmFailed(f"llama.cpp ended with status {done.returncode}: {done.stderr[-500:]}")

@@ -68,13 +68,13 @@ async def expected_answers(runner: TorchRunner, prompts: Sequence[Prompt]) -> li
 
 
 @pytest.mark.parametrize(
-    ("budget", "prefix_cache", "decode_blocks", "local"),
+    ("budget", "prefix_cache", "decode_blocks", "local", "ahead"),
     [
-        pytest.param(512, False, 1024, False, id="whole"),
-        pytest.param(16, False, 1024, False, id="chunked"),
-        pytest.param(16, True, 1024, False, id="chunked-cached"),
-        pytest.param(24, True, 64, False, id="preempted"),
-        pytest.param(24, True, 64, True, id="local-preempted"),
+        pytest.param(512, False, 1024, False, False, id="whole"),
+        pytest.param(16, False, 1024, False, True, id="chunked-ahead"),
+        pytest.param(16, True, 1024, False, False, id="chunked-cached"),
+        pytest.param(24, True, 64, False, True, id="preempted-ahead"),
+        pytest.param(24, True, 64, True, False, id="local-preempted"),
     ],
 )
 async def test_200_prompts_same_tokens(
@@ -84,6 +84,7 @@ async def test_200_prompts_same_tokens(
     prefix_cache: bool,
     decode_blocks: int,
     local: bool,
+    ahead: bool,
 ) -> None:
     single, prefill_side, decode_side = runners
     prompts = make_prompts(200, seed=7)
@@ -95,7 +96,7 @@ async def test_200_prompts_same_tokens(
         decode_side,
         max_context=CONTEXT,
         prefill_config=PrefillConfig(token_budget=budget, max_batch_prompts=3, max_queued=512),
-        decode_config=DecodeConfig(local_token_budget=budget),
+        decode_config=DecodeConfig(local_token_budget=budget, schedule_ahead=ahead),
         prefix_cache=prefix_cache,
     ) as workers:
         outcomes = await workers.answer(prompts, local=local)
