@@ -40,6 +40,31 @@ def count_blocks(config: ModelConfig, kv_cache_bytes: int, block_size: int, dtyp
     return kv_cache_bytes // block_bytes
 
 
+def count_payload(
+    layout: KVLayout,
+    block_ids: Sequence[int],
+    first_slot: int,
+    layers: range,
+    block_tokens: int,
+    payload: memoryview,
+    dtype: str,
+) -> int:
+    """Source blocks in the payload of an `import_blocks`. Raises TransferFailed: no such size, or no room for it."""
+    if dtype not in DTYPES:
+        raise TransferFailed(f"KV of dtype {dtype!r} cannot be read; known: {', '.join(DTYPES)}")
+    block_bytes = len(layers) * 2 * layout.num_kv_heads * layout.head_dim * DTYPES[dtype].itemsize * block_tokens
+    count, rest = divmod(payload.nbytes, block_bytes)
+    if rest or count == 0:
+        raise TransferFailed(
+            f"KV payload of {payload.nbytes} bytes is not whole blocks of {block_bytes} bytes "
+            f"({len(layers)} layers, {block_tokens} tokens, {dtype})"
+        )
+    room = len(block_ids) * layout.block_size - first_slot
+    if count * block_tokens > room:
+        raise TransferFailed(f"KV payload of {count * block_tokens} tokens, but room for {room}")
+    return count
+
+
 class KVCache:
     """Bytes in and out by block id. Which block belongs to whom is the block pool's business."""
 
@@ -79,18 +104,7 @@ class KVCache:
     ) -> None:
         """As `Runner.import_blocks` in engine/batch.py. Nothing is written when it raises."""
         layout = self.layout
-        if dtype not in DTYPES:
-            raise TransferFailed(f"KV of dtype {dtype!r} cannot be read; known: {', '.join(DTYPES)}")
-        token_bytes = len(layers) * 2 * layout.num_kv_heads * layout.head_dim * DTYPES[dtype].itemsize
-        block_count, rest = divmod(payload.nbytes, token_bytes * block_tokens)
-        if rest or block_count == 0:
-            raise TransferFailed(
-                f"KV payload of {payload.nbytes} bytes is not whole blocks of {token_bytes * block_tokens} bytes "
-                f"({len(layers)} layers, {block_tokens} tokens, {dtype})"
-            )
-        room = len(block_ids) * layout.block_size - first_slot
-        if block_count * block_tokens > room:
-            raise TransferFailed(f"KV payload of {block_count * block_tokens} tokens, but room for {room}")
+        block_count = count_payload(layout, block_ids, first_slot, layers, block_tokens, payload, dtype)
         # Copied first: the payload may be read-only, which torch cannot express, and need not be aligned.
         host = torch.empty(payload.nbytes, dtype=torch.uint8, pin_memory=self._staging is not None)
         host.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 
 from engine.batch import ELEMENT_BYTES, KVLayout
-from engine.errors import TransferFailed
-from engine.kv_cache import DTYPES
+from engine.kv_cache import count_payload
 from engine.rank_messages import Export, Import, request_of
 from engine.ranks import Group
 from engine.shard import Shard
@@ -83,7 +82,7 @@ class ParallelBlocks:
         dtype: str,
     ) -> None:
         """As `Runner.import_blocks`."""
-        count = self._count_blocks(block_ids, first_slot, layers, block_tokens, payload, dtype)
+        count = count_payload(self._layout, block_ids, first_slot, layers, block_tokens, payload, dtype)
         head_bytes = self._layout.head_dim * ELEMENT_BYTES[dtype]
         shape = (len(layers), count, 2, block_tokens, self._layout.num_kv_heads, head_bytes)
         whole: Bytes = np.frombuffer(payload, dtype=np.uint8).reshape(shape)
@@ -125,28 +124,6 @@ class ParallelBlocks:
         heads = self._shards[rank].kv_heads
         first = layers.start
         return whole[shared.start - first : shared.stop - first, ..., heads.start : heads.stop, :]
-
-    def _count_blocks(
-        self,
-        block_ids: Sequence[int],
-        first_slot: int,
-        layers: range,
-        block_tokens: int,
-        payload: memoryview,
-        dtype: str,
-    ) -> int:
-        """Blocks in the payload. Raises TransferFailed before anything is sent or written."""
-        layout = self._layout
-        if dtype not in DTYPES:
-            raise TransferFailed(f"KV of dtype {dtype!r} cannot be read; known: {', '.join(DTYPES)}")
-        block_bytes = len(layers) * block_tokens * 2 * layout.num_kv_heads * layout.head_dim * ELEMENT_BYTES[dtype]
-        count, rest = divmod(payload.nbytes, block_bytes)
-        if rest or count == 0:
-            raise TransferFailed(f"KV payload of {payload.nbytes} bytes is not whole blocks of {block_bytes} bytes")
-        room = len(block_ids) * layout.block_size - first_slot
-        if count * block_tokens > room:
-            raise TransferFailed(f"KV payload of {count * block_tokens} tokens, but room for {room}")
-        return count
 
 
 def serve_blocks(own: Blocks, group: Group) -> None:
