@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.batch import Batch, KVLayout, LayerListener, Row, StepOutput
+from engine.batch import Batch, LayerListener, Row, StepOutput
+from engine.cached_runner import CachedRunner, on_loop
 from engine.forward import Forward
 from engine.forward_graphs import GraphedForward
 from engine.kv_cache import KVCache
@@ -43,14 +44,14 @@ class _Launched:
     samples: tuple[bool, ...]  # for each row, whether it draws
 
 
-class DeviceRunner:
+class DeviceRunner(CachedRunner):
     """See `Runner` in engine/batch.py for the contract. On a CPU it needs Triton's interpreter, and is for tests."""
 
     def __init__(
         self, forward: Forward | GraphedForward, cache: KVCache, sampler: DeviceSampler, *, device: torch.device
     ) -> None:
         self._forward = forward
-        self._cache = cache
+        super().__init__(cache)
         self._sampler = sampler
         self._device = device
         # Draws of the batch before, still on the device. Only the launcher touches it.
@@ -58,37 +59,11 @@ class DeviceRunner:
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch", initializer=self._own_stream)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
 
-    @property
-    def layout(self) -> KVLayout:
-        return self._cache.layout
-
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """When cancelled, waits for the step to end and only then raises CancelledError."""
-        loop = asyncio.get_running_loop()
-
-        def publish(first: int, end: int) -> None:
-            if on_layers is not None:
-                loop.call_soon_threadsafe(on_layers, first, end)
-
         launched = self._launcher.submit(self._launch, batch)
         # The finisher takes steps in the order of the calls, as the launcher does, so it never waits for a later one.
-        return await wait_out(self._finisher.submit(self._finish, launched, publish), launched)
-
-    def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> memoryview:
-        """May be called from any thread; runs beside the forward pass."""
-        return self._cache.export_blocks(block_ids, layers, block_tokens)
-
-    def import_blocks(
-        self,
-        block_ids: Sequence[int],
-        first_slot: int,
-        layers: range,
-        block_tokens: int,
-        payload: memoryview,
-        dtype: str,
-    ) -> None:
-        """May be called from any thread; runs beside the forward pass."""
-        self._cache.import_blocks(block_ids, first_slot, layers, block_tokens, payload, dtype)
+        return await wait_out(self._finisher.submit(self._finish, launched, on_loop(on_layers)), launched)
 
     async def close(self) -> None:
         """Waits for steps under way, then ends both threads."""

@@ -22,7 +22,7 @@ import torch
 from engine.batch import Row
 from engine.forward import AfterGroup, Forward
 from engine.model import Hidden
-from engine.step_inputs import StepInputs, StepShape, pack_step, shape_of, view_step
+from engine.step_inputs import StepInputs, StepShape, shape_of, view_step
 from kernels.capture import Capture, NotRecordable
 
 logger = logging.getLogger(__name__)
@@ -94,13 +94,6 @@ class GraphedForward:
             after_group(layers.start, layers.stop)
         return recording.logits
 
-    def warm_up(self, device: torch.device, max_blocks: int) -> None:
-        """Records decode at every padded size, for tables of `max_blocks`: no request then waits for it."""
-        for size in self._decode_rows:
-            blocks = max(MIN_BLOCKS, 1 << (max_blocks - 1).bit_length())
-            shape = shape_of([_ANY], self._block_size).padded(size, blocks)
-            self.run(pack_step([], self._block_size, shape, self.vocab_size).on(device), _nobody)
-
     def _is_recordable(self, shape: StepShape) -> bool:
         rows, tokens = shape.attention.rows, shape.attention.tokens
         if tokens == rows == shape.samples:
@@ -144,9 +137,6 @@ class GraphedForward:
             return after, self._forward.logits(after, inputs) if is_last else None
 
         return work
-
-
-_ANY = Row("", (0,), 0, (0,))
 
 
 def padded_rows(max_rows: int) -> tuple[int, ...]:

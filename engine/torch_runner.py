@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from engine.batch import Batch, KVLayout, LayerListener, Row, StepOutput
+from engine.batch import Batch, LayerListener, Row, StepOutput
+from engine.cached_runner import CachedRunner, on_loop
 from engine.forward import Forward
 from engine.forward_graphs import GraphedForward
 from engine.kv_cache import KVCache
@@ -30,7 +31,7 @@ from engine.step_inputs import StepInputs, pack_step
 from kernels.capture import Capture
 
 
-class TorchRunner:
+class TorchRunner(CachedRunner):
     """See `Runner` in engine/batch.py for the contract.
 
     `layer_group`: layers between two calls of `on_layers`. `bind` is called once in the thread, before any pass: it may
@@ -52,27 +53,17 @@ class TorchRunner:
         plain = Forward(model, cache.tensor, layer_group)
         self._forward = GraphedForward(plain, capture, range(1, recorded_rows + 1)) if capture else plain
         self._vocab_size = model.vocab_size
-        self._cache = cache
+        super().__init__(cache)
         self._sampler = sampler
         self._device = device
         # What the batch before drew, in the order that `Row.follows` counts in. Only the thread touches it.
         self._drawn: list[int] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=bind)
 
-    @property
-    def layout(self) -> KVLayout:
-        return self._cache.layout
-
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """See Runner. When cancelled, waits for the pass to end and only then raises CancelledError. A pass that has
         not begun is called off."""
-        loop = asyncio.get_running_loop()
-
-        def publish(first: int, end: int) -> None:
-            if on_layers is not None:
-                loop.call_soon_threadsafe(on_layers, first, end)
-
-        return await wait_out(self._thread.submit(self.run_now, batch, publish))
+        return await wait_out(self._thread.submit(self.run_now, batch, on_loop(on_layers)))
 
     def run_now(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """The forward pass itself, in the calling thread, which also makes the calls of `on_layers`."""
@@ -92,22 +83,6 @@ class TorchRunner:
         """Runs the model; [rows that sample, vocab] float32, at each such row's last token."""
         with torch.inference_mode():
             return self._logits(batch, on_layers or _nobody)
-
-    def export_blocks(self, block_ids: Sequence[int], layers: range, block_tokens: int) -> memoryview:
-        """May be called from any thread while a forward pass writes other blocks or later layers."""
-        return self._cache.export_blocks(block_ids, layers, block_tokens)
-
-    def import_blocks(
-        self,
-        block_ids: Sequence[int],
-        first_slot: int,
-        layers: range,
-        block_tokens: int,
-        payload: memoryview,
-        dtype: str,
-    ) -> None:
-        """May be called from any thread while a forward pass works on other blocks."""
-        self._cache.import_blocks(block_ids, first_slot, layers, block_tokens, payload, dtype)
 
     async def close(self) -> None:
         """Waits for a forward pass under way, then ends the thread."""
