@@ -23,7 +23,7 @@ from cluster.intake import prompt_token_ids
 from cluster.ledger import Ledger
 from cluster.links import DecodeLinks
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo, Usage, WorkerStatus
-from cluster.registry import KnownWorker, Registry, WorkerReport
+from cluster.registry import HeartbeatReply, KnownWorker, Registry, WorkerReport
 from cluster.router import Defer, Reject, Route, RouteQuery, choose
 from decode_worker.stream import Delta, Done, Failed, Submit
 from engine.errors import DeadlineExceeded, InvalidArgument, Unavailable
@@ -92,8 +92,8 @@ class Gateway:
         self._finished_count += 1
         yield _complete(answer, done, len(token_ids), route, arrived_s, submitted_s)
 
-    def heartbeat(self, report: WorkerReport) -> float:
-        """Takes a worker's report; returns in how many seconds to report again. Every report must come through here:
+    def heartbeat(self, report: WorkerReport) -> HeartbeatReply:
+        """Takes a worker's report; returns what is asked of the worker. Every report must come through here:
         requests that wait for a worker are woken by it. Raises what `Registry.heartbeat` does, and InvalidArgument for
         a worker with another model."""
         if report.model != self.model.name:
@@ -101,7 +101,7 @@ class Gateway:
         self._registry.heartbeat(report, asyncio.get_running_loop().time())
         self._heard.set()
         self._heard = asyncio.Event()
-        return self._config.heartbeat_interval_s
+        return HeartbeatReply(self._config.heartbeat_interval_s)
 
     def new_request_id(self) -> str:
         """An id that no running request has."""

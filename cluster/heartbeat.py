@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-from cluster.registry import WorkerReport
+from cluster.registry import HeartbeatReply, WorkerReport
 from engine.errors import TandemError, Unavailable
 
 # Workers that started together must not report together for ever.
@@ -21,14 +21,16 @@ _log = logging.getLogger(__name__)
 
 async def report_forever(
     collect: Callable[[], WorkerReport],
-    send: Callable[[WorkerReport], Awaitable[float]],
+    send: Callable[[WorkerReport], Awaitable[HeartbeatReply]],
     *,
     changed: asyncio.Event,
     rng: random.Random,
+    answered: Callable[[HeartbeatReply], None] | None = None,
     max_retry_s: float = 5.0,
     send_timeout_s: float = 5.0,
 ) -> None:
-    """Reports until cancelled: about every interval (seconds, `send`'s answer), and at once when `changed` is set.
+    """Reports until cancelled: about every interval that `send`'s answer names, and at once when `changed` is set.
+    `answered` gets every answer.
 
     Set `changed` after a change that routing must know of, above all of `draining`; it is cleared here. While the
     gateway is away or refuses, tries again after FIRST_RETRY_S, then twice as long each time up to `max_retry_s`.
@@ -39,7 +41,10 @@ async def report_forever(
     while True:
         changed.clear()
         try:
-            wait_s = max(MIN_INTERVAL_S, await _send_once(send, collect(), send_timeout_s))
+            reply = await _send_once(send, collect(), send_timeout_s)
+            wait_s = max(MIN_INTERVAL_S, reply.interval_s)
+            if answered is not None:
+                answered(reply)
             retry_s, problem = FIRST_RETRY_S, ""
         except TandemError as error:
             wait_s, problem = retry_s, str(error)
@@ -50,7 +55,9 @@ async def report_forever(
         await _sleep_unless(changed, wait_s * rng.uniform(1 - JITTER, 1 + JITTER))
 
 
-async def _send_once(send: Callable[[WorkerReport], Awaitable[float]], report: WorkerReport, timeout_s: float) -> float:
+async def _send_once(
+    send: Callable[[WorkerReport], Awaitable[HeartbeatReply]], report: WorkerReport, timeout_s: float
+) -> HeartbeatReply:
     try:
         async with asyncio.timeout(timeout_s):
             return await send(report)

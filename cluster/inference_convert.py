@@ -10,6 +10,7 @@ from tandem.v1 import inference_pb2
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, Message, ModelInfo
 from engine.batch import Sampled
 from engine.errors import InvalidArgument
+from engine.objectives import Objectives
 from kvtransfer.convert import params_from_proto, receipt_to_proto, sampled_to_proto
 
 
@@ -24,6 +25,8 @@ def request_from_proto(
         model=message.model,
         salt=message.cache_salt.encode(),
         deadline_s=deadline_s,
+        objectives=_objectives_from_proto(message.objectives),
+        slo_class=message.slo_class,
     )
 
 
@@ -88,6 +91,8 @@ def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
             blocks_free=worker.blocks_free,
             blocks_cached=worker.blocks_cached,
             steps=worker.steps,
+            cost_error_median=worker.cost_error_median,
+            cost_error_p90=worker.cost_error_p90,
         )
         for worker in status.workers
     ]
@@ -97,6 +102,19 @@ def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
         requests_running=status.requests_running,
         requests_waiting=status.requests_waiting,
         requests_finished=status.requests_finished,
+        requests_rejected=status.requests_rejected,
+        router=status.router,
+        attainment=status.attainment,
+        attainment_ttft=status.attainment_ttft,
+        attainment_tpot=status.attainment_tpot,
+        attainment_window=status.attainment_window,
+    )
+
+
+def _objectives_from_proto(message: inference_pb2.Objectives) -> Objectives:
+    return Objectives(
+        ttft_s=message.ttft_ms / 1e3 if message.HasField("ttft_ms") else None,
+        tpot_s=message.tpot_ms / 1e3 if message.HasField("tpot_ms") else None,
     )
 
 

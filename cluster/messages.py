@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.batch import Sampled
+from engine.objectives import NO_OBJECTIVES, Objectives
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
 
@@ -21,7 +22,8 @@ class Message:
 class GenerateRequest:
     """`prompt` is text, token ids or a chat. `request_id` is unique among running requests; "" asks the gateway for
     one. `model` "" means the one that is served. `salt` separates tenants in the prefix cache. `deadline_s`: seconds
-    from arrival, None for the gateway's default."""
+    from arrival, None for the gateway's default. `objectives` are the request's own; what they leave open is taken
+    from the gateway's class `slo_class`, then from its configuration."""
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[Message, ...]
@@ -29,6 +31,8 @@ class GenerateRequest:
     model: str = ""
     salt: bytes = b""
     deadline_s: float | None = None
+    objectives: Objectives = NO_OBJECTIVES
+    slo_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +106,23 @@ class WorkerStatus:
     blocks_free: int
     blocks_cached: int
     steps: int
+    cost_error_median: float = 0.0
+    cost_error_p90: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """The cluster as the gateway sees it at one moment; workers in order of role and id."""
+    """The cluster as the gateway sees it at one moment; workers in order of role and id. `attainment`: shares of the
+    last `attainment_window` requests that met both objectives, the one, the other; rejected ones met none."""
 
     model: str
     workers: tuple[WorkerStatus, ...]
     requests_running: int
     requests_waiting: int
     requests_finished: int
+    requests_rejected: int = 0
+    router: str = ""
+    attainment: float = 0.0
+    attainment_ttft: float = 0.0
+    attainment_tpot: float = 0.0
+    attainment_window: int = 0

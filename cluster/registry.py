@@ -21,8 +21,22 @@ MAX_WORKERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class KVEvents:
+    """Changes of a worker's prefix cache since its last report, by the first 8 bytes of block names as little-endian
+    integers. `sequence` counts reports; with `is_snapshot` the `stored` names are all that there are."""
+
+    sequence: int
+    is_snapshot: bool
+    stored: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One heartbeat: who the worker is, where to reach it, and its load. `incarnation` grows with every restart."""
+    """One heartbeat: who the worker is, where to reach it, and its load. `incarnation` grows with every restart.
+
+    `links`: bytes per second that a decode worker measured of its streams, by the prefill worker's address.
+    """
 
     worker_id: str
     role: Role
@@ -30,6 +44,18 @@ class WorkerReport:
     incarnation: int
     model: str
     stats: LoopStats
+    links: tuple[tuple[str, float], ...] = ()
+    kv_events: KVEvents | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReply:
+    """What the gateway asks of a worker: to report again after `interval_s` seconds, to take `role` where that differs
+    from its own ("": as it is), and with `kv_resync` to send a snapshot of its prefix cache."""
+
+    interval_s: float
+    role: Role | Literal[""] = ""
+    kv_resync: bool = False
 
 
 @dataclass(frozen=True, slots=True)

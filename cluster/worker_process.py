@@ -22,7 +22,7 @@ from typing import Protocol
 from cluster.config import TandemConfig
 from cluster.heartbeat import report_forever
 from cluster.rank_process import rank_processes
-from cluster.registry import WorkerReport
+from cluster.registry import HeartbeatReply, WorkerReport
 from cluster.registry_server import send_heartbeat
 from cluster.served_model import served_name
 from cluster.worker_spec import WorkerSpec, cpus_of
@@ -205,7 +205,7 @@ async def serve_worker(
         await _close(server, [loop, heart], channels)
 
 
-async def _say_goodbye(send: Callable[[WorkerReport], Awaitable[float]], reporter: _Reporter) -> None:
+async def _say_goodbye(send: Callable[[WorkerReport], Awaitable[HeartbeatReply]], reporter: _Reporter) -> None:
     """Tells the gateway of the draining and waits until it knows: from then on no request is sent here."""
     try:
         async with asyncio.timeout(GOODBYE_S):

@@ -31,6 +31,8 @@ def command_to_bytes(command: Command) -> bytes:
                 prefill_address=command.prefill_address,
                 deadline_s=command.deadline_s,
                 salt=command.salt,
+                ttft_due_s=command.ttft_due_s,
+                tpot_s=command.tpot_s,
             )
             return worker_pb2.Command(submit=submit).SerializeToString()
         case Cancel():
@@ -54,6 +56,8 @@ def command_from_bytes(raw: bytes) -> Command:
         prefill_address=submit.prefill_address,
         deadline_s=submit.deadline_s if submit.HasField("deadline_s") else None,
         salt=submit.salt,
+        ttft_due_s=submit.ttft_due_s if submit.HasField("ttft_due_s") else None,
+        tpot_s=submit.tpot_s if submit.HasField("tpot_s") else None,
     )
 
 

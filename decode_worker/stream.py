@@ -20,7 +20,9 @@ from engine.sampling import SamplingParams
 class Submit:
     """Runs one request. `prefill_address` names the prefill worker to pull from; "" prefills on the decode worker.
 
-    `deadline_s`: seconds from now, None for none. `salt` separates tenants in the prefix cache.
+    `deadline_s`: seconds from now, None for none. `salt` separates tenants in the prefix cache. `ttft_due_s`: seconds
+    from now until the first token should be at the gateway, `tpot_s`: the longest mean time per token after it; None
+    where there is no such objective. Objectives order work, they never end it.
     """
 
     request_id: str
@@ -30,6 +32,8 @@ class Submit:
     prefill_address: str = ""
     deadline_s: float | None = None
     salt: bytes = b""
+    ttft_due_s: float | None = None
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

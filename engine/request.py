@@ -24,6 +24,8 @@ class Receipt:
     kv_exposed       first token at the decode worker → all KV there (0 when KV came first)
     decode_queue     all KV there → first decode step that includes the sequence starts
     decode           that start → last token
+
+    `predicted_*`: what the router expected when it chose, 0 where it expected nothing.
     """
 
     gateway_queue_s: float = 0.0
@@ -40,6 +42,8 @@ class Receipt:
     retries: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    predicted_ttft_s: float = 0.0
+    predicted_tpot_s: float = 0.0
 
     @property
     def early_share(self) -> float:

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 class LoopStats:
     """One worker's load at one moment. Rates are running averages of its own steps, 0.0 before the first.
 
-    `queued_tokens`: prompt tokens that are accepted but not yet computed. `blocks_free` counts blocks that can be had
-    now, cached ones included; `blocks_cached` those among them that still hold a reusable prefix.
+    `queued_tokens`: prompt tokens that are accepted but not yet computed, `queued_s` what they will take by the
+    worker's own cost model (0.0 without one). `context_tokens`: tokens of KV that a decode step reads now.
+    `blocks_free` counts blocks that can be had now, cached ones included; `blocks_cached` those among them that still
+    hold a reusable prefix. `prefill_scale` and `decode_scale`: how many times longer than its profile says this worker
+    takes, as refitted from its own steps; `cost_error_*`: median and 90th percentile of |predicted − actual| / actual
+    over its last steps (0.0 before the first). `local_only`: takes prompts that are computed here, and no others.
     """
 
     running: int
@@ -24,3 +28,10 @@ class LoopStats:
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
     draining: bool = False
+    queued_s: float = 0.0
+    context_tokens: int = 0
+    prefill_scale: float = 1.0
+    decode_scale: float = 1.0
+    cost_error_median: float = 0.0
+    cost_error_p90: float = 0.0
+    local_only: bool = False

@@ -88,6 +88,7 @@ def call_to_proto(call: PrefillCall) -> prefill_pb2.PrefillRequest:
         have_tokens=call.have_tokens,
         layout=layout_to_proto(call.layout),
         salt=call.salt,
+        ttft_due_s=call.ttft_due_s,
     )
 
 

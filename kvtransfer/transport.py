@@ -27,7 +27,8 @@ class PrefillCall:
 
     `have_tokens`: the caller already holds the KV of tokens [0, have_tokens); it is never sent. A multiple of the
     caller's block size, less than the prompt's length. `deadline_s`: seconds from now, None for no deadline.
-    `salt` separates tenants in the prefix cache.
+    `salt` separates tenants in the prefix cache. `ttft_due_s`: seconds from now until the first token should be there,
+    by the request's objective; it orders the queue and ends nothing.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class PrefillCall:
     layout: KVLayout
     deadline_s: float | None = None
     salt: bytes = b""
+    ttft_due_s: float | None = None
 
 
 class PrefillService(Protocol):

@@ -55,4 +55,5 @@ def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | Non
         layout=layout_from_proto(request.layout),
         deadline_s=deadline_s,
         salt=request.salt,
+        ttft_due_s=request.ttft_due_s if request.HasField("ttft_due_s") else None,
     )

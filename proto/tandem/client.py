@@ -42,6 +42,7 @@ from tandem.v1.inference_pb2 import (
     GetStatusResponse,
     Message,
     Messages,
+    Objectives,
     SamplingParams,
     TokenIds,
     TokenizeRequest,
@@ -109,11 +110,16 @@ class Client:
         request_id: str = "",
         model: str = "",
         cache_salt: str = "",
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        slo_class: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[GenerateChunk | GenerateComplete, None]:
         """Runs one request: chunks as tokens come, then one GenerateComplete. Closing the generator early
-        (`contextlib.aclosing`) cancels the request and frees all that it holds."""
+        (`contextlib.aclosing`) cancels the request and frees all that it holds. `ttft_ms` and `tpot_ms` are what the
+        request is to achieve: where they cannot be met, it may be refused with RESOURCE_EXHAUSTED. `slo_class` names
+        objectives of the gateway's configuration instead."""
         method = self._channel.unary_stream(
             "/tandem.v1.Inference/Generate",
             request_serializer=GenerateRequest.SerializeToString,
@@ -123,6 +129,8 @@ class Client:
             request_id=request_id,
             model=model,
             cache_salt=cache_salt,
+            objectives=Objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms),
+            slo_class=slo_class,
             sampling_params=SamplingParams(**sampling),
             text=prompt if isinstance(prompt, str) else None,
             token_ids=_token_ids(prompt),
@@ -142,13 +150,24 @@ class Client:
         request_id: str = "",
         model: str = "",
         cache_salt: str = "",
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        slo_class: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> GenerateComplete:
         """Runs one request and gives its whole answer at once."""
         last: GenerateChunk | GenerateComplete | None = None
         parts = self.generate(
-            prompt, request_id=request_id, model=model, cache_salt=cache_salt, timeout_s=timeout_s, **sampling
+            prompt,
+            request_id=request_id,
+            model=model,
+            cache_salt=cache_salt,
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            slo_class=slo_class,
+            timeout_s=timeout_s,
+            **sampling,
         )
         async with aclosing(parts):
             async for part in parts:

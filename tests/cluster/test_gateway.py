@@ -11,7 +11,7 @@ import pytest
 from cluster.gateway import Gateway
 from cluster.links import DecodeLinks
 from cluster.messages import GenerateRequest, Usage
-from cluster.registry import Registry
+from cluster.registry import HeartbeatReply, Registry
 from engine.batch import Sampled
 from engine.errors import (
     InvalidArgument,
@@ -195,7 +195,7 @@ async def test_a_worker_of_another_model_is_not_let_in() -> None:
     async with serving(FakeDecode(), workers=()) as gateway:
         with pytest.raises(InvalidArgument, match="model: got 'other', expected 'tiny'"):
             gateway.heartbeat(report("d", model="other"))
-        assert gateway.heartbeat(report("d")) == CONFIG.heartbeat_interval_s
+        assert gateway.heartbeat(report("d")) == HeartbeatReply(CONFIG.heartbeat_interval_s)
 
 
 # ── routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

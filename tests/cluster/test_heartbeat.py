@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cluster.heartbeat import report_forever
-from cluster.registry import WorkerReport
+from cluster.registry import HeartbeatReply, WorkerReport
 from engine.errors import Unavailable
 from engine.stats import LoopStats
 from tests.cluster.fake_decode import on_virtual_time
@@ -19,7 +19,7 @@ STATS = LoopStats(
     running=0, waiting=0, queued_tokens=0, blocks_total=8, blocks_free=8, blocks_cached=0, block_size=16, steps=0
 )
 REPORT = WorkerReport("w", "decode", "host:1", incarnation=1, model="m", stats=STATS)
-Send = Callable[[WorkerReport], Awaitable[float]]
+Send = Callable[[WorkerReport], Awaitable[HeartbeatReply]]
 
 
 async def reports_within(seconds: float, send: Send, changed: asyncio.Event | None = None) -> None:
@@ -36,10 +36,10 @@ async def reports_within(seconds: float, send: Send, changed: asyncio.Event | No
 async def test_reports_at_about_the_interval_that_the_gateway_asks_for() -> None:
     times: list[float] = []
 
-    async def send(report: WorkerReport) -> float:
+    async def send(report: WorkerReport) -> HeartbeatReply:
         assert report is REPORT
         times.append(asyncio.get_running_loop().time())
-        return 2.0
+        return HeartbeatReply(2.0)
 
     await reports_within(100.0, send)
     pauses = [after - before for before, after in itertools.pairwise(times)]
@@ -54,9 +54,9 @@ async def test_a_change_is_reported_at_once() -> None:
     times: list[float] = []
     changed = asyncio.Event()
 
-    async def send(report: WorkerReport) -> float:
+    async def send(report: WorkerReport) -> HeartbeatReply:
         times.append(asyncio.get_running_loop().time())
-        return 60.0
+        return HeartbeatReply(60.0)
 
     asyncio.get_running_loop().call_later(5.0, changed.set)
     await reports_within(10.0, send, changed)
@@ -68,11 +68,11 @@ async def test_a_change_is_reported_at_once() -> None:
 async def test_a_gateway_that_is_away_is_tried_again_with_growing_pauses(caplog: pytest.LogCaptureFixture) -> None:
     times: list[float] = []
 
-    async def send(report: WorkerReport) -> float:
+    async def send(report: WorkerReport) -> HeartbeatReply:
         times.append(asyncio.get_running_loop().time())
         if times[-1] < 60.0:
             raise Unavailable("connection refused")
-        return 1.0
+        return HeartbeatReply(1.0)
 
     await reports_within(70.0, send)
     pauses = [after - before for before, after in itertools.pairwise(times) if before < 60.0]
@@ -90,11 +90,11 @@ async def test_a_gateway_that_is_away_is_tried_again_with_growing_pauses(caplog:
 async def test_a_gateway_that_does_not_answer_is_left_after_a_while() -> None:
     count = 0
 
-    async def send(report: WorkerReport) -> float:
+    async def send(report: WorkerReport) -> HeartbeatReply:
         nonlocal count
         count += 1
         await asyncio.Event().wait()
-        return 1.0
+        return HeartbeatReply(1.0)
 
     await reports_within(21.0, send)
     assert count == 4
@@ -104,10 +104,10 @@ async def test_a_gateway_that_does_not_answer_is_left_after_a_while() -> None:
 async def test_no_answer_makes_a_worker_flood_the_gateway() -> None:
     count = 0
 
-    async def send(report: WorkerReport) -> float:
+    async def send(report: WorkerReport) -> HeartbeatReply:
         nonlocal count
         count += 1
-        return 0.0
+        return HeartbeatReply(0.0)
 
     await reports_within(1.0, send)
     assert count <= 23

@@ -2,12 +2,13 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from cluster.heartbeat import report_forever
-from cluster.registry import Registry, WorkerReport
+from cluster.registry import HeartbeatReply, KVEvents, Registry, WorkerReport
 from cluster.registry_server import registry_service, report_from_proto, report_to_proto, send_heartbeat
 from engine.errors import InvalidArgument, Unavailable
 from engine.stats import LoopStats
@@ -26,14 +27,14 @@ def test_a_report_comes_out_as_it_went_in():
 async def test_a_heartbeat_reaches_the_registry_and_brings_the_interval_back():
     registry = Registry(fresh_s=3, expire_s=60)
 
-    def take(report: WorkerReport) -> float:
+    def take(report: WorkerReport) -> HeartbeatReply:
         registry.heartbeat(report, now=7.0)
-        return 0.25
+        return HeartbeatReply(0.25)
 
     server = await start_server("127.0.0.1:0", [registry_service(take)])
     channels = Channels()
     channel = channels.get(server.address)
-    assert await send_heartbeat(channel, REPORT) == 0.25
+    assert await send_heartbeat(channel, REPORT) == HeartbeatReply(0.25)
     assert [worker.report for worker in registry.all(7.0)] == [REPORT]
     with pytest.raises(InvalidArgument, match="role"):
         await send_heartbeat(channel, WorkerReport("x", "cook", "a:1", 1, "smollm2", STATS))
@@ -43,7 +44,7 @@ async def test_a_heartbeat_reaches_the_registry_and_brings_the_interval_back():
 
 @pytest.mark.parametrize("interval_s", [0.0, -1.0, float("nan"), float("inf")])
 async def test_an_interval_that_makes_no_sense_is_an_error(interval_s):
-    server = await start_server("127.0.0.1:0", [registry_service(lambda report: interval_s)])
+    server = await start_server("127.0.0.1:0", [registry_service(lambda report: HeartbeatReply(interval_s))])
     channels = Channels()
     with pytest.raises(Unavailable):
         await send_heartbeat(channels.get(server.address), REPORT)
@@ -61,9 +62,9 @@ async def test_nobody_there_is_unavailable():
 async def test_reports_go_on_until_cancelled():
     heard: list[WorkerReport] = []
 
-    def take(report: WorkerReport) -> float:
+    def take(report: WorkerReport) -> HeartbeatReply:
         heard.append(report)
-        return 0.05
+        return HeartbeatReply(0.05)
 
     server = await start_server("127.0.0.1:0", [registry_service(take)])
     channels = Channels()
@@ -75,3 +76,21 @@ async def test_reports_go_on_until_cancelled():
     await channels.close()
     await server.stop()
     assert heard[0] == REPORT
+
+
+async def test_load_links_and_kv_events_arrive_as_they_were_sent():
+    events = KVEvents(3, False, stored=(1, (1 << 64) - 1), evicted=(7,))
+    stats = replace(STATS, queued_s=1.5, context_tokens=9, prefill_scale=1.25, decode_scale=0.5, local_only=True)
+    sent = replace(REPORT, stats=stats, links=(("p:1", 2.5e9),), kv_events=events)
+    heard: list[WorkerReport] = []
+
+    def take(report: WorkerReport) -> HeartbeatReply:
+        heard.append(report)
+        return HeartbeatReply(0.5, "decode", kv_resync=True)
+
+    server = await start_server("127.0.0.1:0", [registry_service(take)])
+    channels = Channels()
+    assert await send_heartbeat(channels.get(server.address), sent) == HeartbeatReply(0.5, "decode", kv_resync=True)
+    assert heard == [sent]
+    await channels.close()
+    await server.stop()

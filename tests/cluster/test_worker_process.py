@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from cluster.config import TandemConfig, load
-from cluster.registry import WorkerReport
+from cluster.registry import HeartbeatReply, WorkerReport
 from cluster.registry_server import registry_service
 from cluster.worker_process import serve_worker
 from cluster.worker_spec import WorkerSpec
@@ -47,10 +47,10 @@ class Heard:
         self.reports: list[WorkerReport] = []
         self.more = asyncio.Event()
 
-    def take(self, report: WorkerReport) -> float:
+    def take(self, report: WorkerReport) -> HeartbeatReply:
         self.reports.append(report)
         self.more.set()
-        return 0.05
+        return HeartbeatReply(0.05)
 
 
 def config(stop_timeout_s: float = 5.0) -> TandemConfig:

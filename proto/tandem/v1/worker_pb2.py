@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import inference_pb2 as tandem_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x19tandem/v1/inference.proto\"^\n\x07\x43ommand\x12#\n\x06submit\x18\x01 \x01(\x0b\x32\x11.tandem.v1.SubmitH\x00\x12#\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x11.tandem.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xc0\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x17\n\x0fprefill_address\x18\x05 \x01(\t\x12\x17\n\ndeadline_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04salt\x18\x07 \x01(\x0c\x42\r\n\x0b_deadline_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"<\n\nTokenFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12 \n\x06\x65vents\x18\x02 \x03(\x0b\x32\x10.tandem.v1.Event\"\x8d\x01\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DeltaH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.tandem.v1.DoneH\x00\x12#\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x11.tandem.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x1d\n\x10matched_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_matched_token_id\"B\n\x04\x44one\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12#\n\x07receipt\x18\x02 \x01(\x0b\x32\x12.tandem.v1.Receipt\"?\n\x06\x46\x61iled\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\x0c\"\xc8\x02\n\x0bWorkerStats\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x15\n\rqueued_tokens\x18\x08 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\t \x01(\r\x12\x13\n\x0b\x62locks_free\x18\n \x01(\r\x12\x15\n\rblocks_cached\x18\x0b \x01(\r\x12\x12\n\nblock_size\x18\x0c \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x01\x12\x15\n\rdecode_step_s\x18\x0e \x01(\x01\x12\r\n\x05steps\x18\x0f \x01(\x04\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\"$\n\x0eHeartbeatReply\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\x32G\n\x0c\x44\x65\x63odeWorker\x12\x37\n\x06\x41ttach\x12\x12.tandem.v1.Command\x1a\x15.tandem.v1.TokenFrame(\x01\x30\x01\x32J\n\x08Registry\x12>\n\tHeartbeat\x12\x16.tandem.v1.WorkerStats\x1a\x19.tandem.v1.HeartbeatReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x19tandem/v1/inference.proto\"^\n\x07\x43ommand\x12#\n\x06submit\x18\x01 \x01(\x0b\x32\x11.tandem.v1.SubmitH\x00\x12#\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x11.tandem.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\x88\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x17\n\x0fprefill_address\x18\x05 \x01(\t\x12\x17\n\ndeadline_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04salt\x18\x07 \x01(\x0c\x12\x17\n\nttft_due_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06tpot_s\x18\t \x01(\x01H\x02\x88\x01\x01\x42\r\n\x0b_deadline_sB\r\n\x0b_ttft_due_sB\t\n\x07_tpot_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"<\n\nTokenFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12 \n\x06\x65vents\x18\x02 \x03(\x0b\x32\x10.tandem.v1.Event\"\x8d\x01\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.tandem.v1.DeltaH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.tandem.v1.DoneH\x00\x12#\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x11.tandem.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x1d\n\x10matched_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_matched_token_id\"B\n\x04\x44one\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12#\n\x07receipt\x18\x02 \x01(\x0b\x32\x12.tandem.v1.Receipt\"?\n\x06\x46\x61iled\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\x0c\"\xb2\x04\n\x0bWorkerStats\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x15\n\rqueued_tokens\x18\x08 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\t \x01(\r\x12\x13\n\x0b\x62locks_free\x18\n \x01(\r\x12\x15\n\rblocks_cached\x18\x0b \x01(\r\x12\x12\n\nblock_size\x18\x0c \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x01\x12\x15\n\rdecode_step_s\x18\x0e \x01(\x01\x12\r\n\x05steps\x18\x0f \x01(\x04\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\x12\x10\n\x08queued_s\x18\x11 \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\x12 \x01(\x04\x12\x15\n\rprefill_scale\x18\x13 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_scale\x18\x14 \x01(\x01\x12\x19\n\x11\x63ost_error_median\x18\x15 \x01(\x01\x12\x16\n\x0e\x63ost_error_p90\x18\x16 \x01(\x01\x12\x12\n\nlocal_only\x18\x17 \x01(\x08\x12\"\n\x05links\x18\x18 \x03(\x0b\x32\x13.tandem.v1.LinkRate\x12&\n\tkv_events\x18\x19 \x01(\x0b\x32\x13.tandem.v1.KVEvents\"8\n\x08LinkRate\x12\x17\n\x0fprefill_address\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x01\"R\n\x08KVEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bis_snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x06\x12\x0f\n\x07\x65victed\x18\x04 \x03(\x06\"E\n\x0eHeartbeatReply\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\tkv_resync\x18\x03 \x01(\x08\x32G\n\x0c\x44\x65\x63odeWorker\x12\x37\n\x06\x41ttach\x12\x12.tandem.v1.Command\x1a\x15.tandem.v1.TokenFrame(\x01\x30\x01\x32J\n\x08Registry\x12>\n\tHeartbeat\x12\x16.tandem.v1.WorkerStats\x1a\x19.tandem.v1.HeartbeatReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,25 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMAND']._serialized_start=64
   _globals['_COMMAND']._serialized_end=158
   _globals['_SUBMIT']._serialized_start=161
-  _globals['_SUBMIT']._serialized_end=353
-  _globals['_CANCEL']._serialized_start=355
-  _globals['_CANCEL']._serialized_end=383
-  _globals['_TOKENFRAME']._serialized_start=385
-  _globals['_TOKENFRAME']._serialized_end=445
-  _globals['_EVENT']._serialized_start=448
-  _globals['_EVENT']._serialized_end=589
-  _globals['_DELTA']._serialized_start=592
-  _globals['_DELTA']._serialized_end=731
-  _globals['_DONE']._serialized_start=733
-  _globals['_DONE']._serialized_end=799
-  _globals['_FAILED']._serialized_start=801
-  _globals['_FAILED']._serialized_end=864
-  _globals['_WORKERSTATS']._serialized_start=867
-  _globals['_WORKERSTATS']._serialized_end=1195
-  _globals['_HEARTBEATREPLY']._serialized_start=1197
-  _globals['_HEARTBEATREPLY']._serialized_end=1233
-  _globals['_DECODEWORKER']._serialized_start=1235
-  _globals['_DECODEWORKER']._serialized_end=1306
-  _globals['_REGISTRY']._serialized_start=1308
-  _globals['_REGISTRY']._serialized_end=1382
+  _globals['_SUBMIT']._serialized_end=425
+  _globals['_CANCEL']._serialized_start=427
+  _globals['_CANCEL']._serialized_end=455
+  _globals['_TOKENFRAME']._serialized_start=457
+  _globals['_TOKENFRAME']._serialized_end=517
+  _globals['_EVENT']._serialized_start=520
+  _globals['_EVENT']._serialized_end=661
+  _globals['_DELTA']._serialized_start=664
+  _globals['_DELTA']._serialized_end=803
+  _globals['_DONE']._serialized_start=805
+  _globals['_DONE']._serialized_end=871
+  _globals['_FAILED']._serialized_start=873
+  _globals['_FAILED']._serialized_end=936
+  _globals['_WORKERSTATS']._serialized_start=939
+  _globals['_WORKERSTATS']._serialized_end=1501
+  _globals['_LINKRATE']._serialized_start=1503
+  _globals['_LINKRATE']._serialized_end=1559
+  _globals['_KVEVENTS']._serialized_start=1561
+  _globals['_KVEVENTS']._serialized_end=1643
+  _globals['_HEARTBEATREPLY']._serialized_start=1645
+  _globals['_HEARTBEATREPLY']._serialized_end=1714
+  _globals['_DECODEWORKER']._serialized_start=1716
+  _globals['_DECODEWORKER']._serialized_end=1787
+  _globals['_REGISTRY']._serialized_start=1789
+  _globals['_REGISTRY']._serialized_end=1863
 # @@protoc_insertion_point(module_scope)

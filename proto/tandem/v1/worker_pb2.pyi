@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt")
+    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,8 @@ class Submit(_message.Message):
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    TTFT_DUE_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_params: _inference_pb2.SamplingParams
@@ -31,7 +33,9 @@ class Submit(_message.Message):
     prefill_address: str
     deadline_s: float
     salt: bytes
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ...) -> None: ...
+    ttft_due_s: float
+    tpot_s: float
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -90,7 +94,7 @@ class Failed(_message.Message):
     def __init__(self, status_code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +111,15 @@ class WorkerStats(_message.Message):
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SCALE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    COST_ERROR_MEDIAN_FIELD_NUMBER: _ClassVar[int]
+    COST_ERROR_P90_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_ONLY_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -123,10 +136,43 @@ class WorkerStats(_message.Message):
     decode_step_s: float
     steps: int
     draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    queued_s: float
+    context_tokens: int
+    prefill_scale: float
+    decode_scale: float
+    cost_error_median: float
+    cost_error_p90: float
+    local_only: bool
+    links: _containers.RepeatedCompositeFieldContainer[LinkRate]
+    kv_events: KVEvents
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ...) -> None: ...
+
+class LinkRate(_message.Message):
+    __slots__ = ("prefill_address", "bytes_per_s")
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    prefill_address: str
+    bytes_per_s: float
+    def __init__(self, prefill_address: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class KVEvents(_message.Message):
+    __slots__ = ("sequence", "is_snapshot", "stored", "evicted")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    is_snapshot: bool
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    evicted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("interval_s",)
+    __slots__ = ("interval_s", "role", "kv_resync")
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    KV_RESYNC_FIELD_NUMBER: _ClassVar[int]
     interval_s: float
-    def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
+    role: str
+    kv_resync: bool
+    def __init__(self, interval_s: _Optional[float] = ..., role: _Optional[str] = ..., kv_resync: _Optional[bool] = ...) -> None: ...
