@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 
 from decode_worker.flight import Reached
 from decode_worker.sequence import Choice
 
+AGE = attrgetter("age")
+
 
 def going_on(
-    running: Iterable[Choice], computing: Iterable[Choice], reached: Mapping[Choice, Reached], max_context: int
+    running: Iterable[Choice], computing: Iterable[Choice], reached: Mapping[Choice, Reached]
 ) -> list[Choice] | None:
     """Choices with a token to compute after the step under way, the oldest first. Some may turn out to have ended.
 
@@ -19,10 +22,10 @@ def going_on(
     """
     ending_prompts = [choice for choice in computing if choice in reached and reached[choice].draws]
     found: list[Choice] = []
-    for choice in sorted((*running, *ending_prompts), key=Choice.age):
+    for choice in sorted((*running, *ending_prompts), key=AGE):
         after = reached.get(choice)
         if after is not None:
-            if choice.ends_by_length(1, max_context):
+            if choice.ends_by_length(1):
                 continue
             if len(after.draws) > 1 or choice.request.submit.params.needs_history:
                 return None

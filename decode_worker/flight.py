@@ -13,12 +13,14 @@ may have left before. So a batch with copies holds back everybody who is leaving
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 from decode_worker.sequence import Choice
 from engine.batch import Batch
 from engine.block_pool import BlockPool
+from engine.step_cost import StepWork
 
 # One step runs, one waits behind it.
 MAX_UNDER_WAY = 2
@@ -26,10 +28,16 @@ MAX_UNDER_WAY = 2
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """What to run, and whose rows they are, in row order."""
+    """What to run, and whose rows they are, in row order. The first `decode_rows` of them are of running choices.
+
+    `work` is what the forward pass takes. While a step takes at most `steady_s`, the same choices are chosen again.
+    """
 
     batch: Batch
     choices: tuple[Choice, ...]
+    decode_rows: int
+    work: StepWork
+    steady_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,16 @@ from decode_worker.sequence import Choice, RequestState
 from engine.batch import PENDING_TOKEN, Row, SampleSpec
 
 
-def decode_row(choice: Choice, block_ids: Sequence[int], reached: Reached | None) -> Row:
+def decode_row(choice: Choice, reached: Reached | None) -> Row:
     """Computes a choice's last token and draws the next. With `reached`, the last token is the one that the step under
     way draws."""
+    token_ids = choice.token_ids
     if reached is None:
-        start = len(choice.token_ids) - 1
-        return Row(choice.owner, tuple(choice.token_ids[start:]), start, block_ids, _sample(choice, 0, (choice.index,)))
-    assert reached.end == len(choice.token_ids), f"{choice.owner} cannot follow a step that ends at {reached.end}"
+        start = len(token_ids) - 1
+        return Row(choice.owner, (token_ids[start],), start, choice.block_ids, _sample(choice, 0, choice.draws))
+    assert reached.end == len(token_ids), f"{choice.owner} cannot follow a step that ends at {reached.end}"
     (follows,) = reached.draws
-    return Row(choice.owner, (PENDING_TOKEN,), reached.end, block_ids, _sample(choice, 1, (choice.index,)), follows)
+    return Row(choice.owner, (PENDING_TOKEN,), reached.end, choice.block_ids, _sample(choice, 1, choice.draws), follows)
 
 
 def chunk_row(choice: Choice, block_ids: Sequence[int], start: int, count: int) -> Row:
@@ -32,12 +33,8 @@ def chunk_row(choice: Choice, block_ids: Sequence[int], start: int, count: int) 
 def _sample(choice: Choice, ahead: int, choices: tuple[int, ...]) -> SampleSpec:
     """The draw after the tokens known so far, and `ahead` more."""
     submit = choice.request.submit
-    history = choice.token_ids if submit.params.needs_history else []
-    return SampleSpec(
-        params=submit.params,
-        seed=submit.seed,
-        step=choice.output_count + ahead,
-        choices=choices,
-        prompt_ids=history[: choice.prompt_tokens],
-        output_ids=history[choice.prompt_tokens :],
-    )
+    step = len(choice.token_ids) - choice.prompt_tokens + ahead
+    if not submit.params.needs_history:
+        return SampleSpec(submit.params, submit.seed, step, choices)
+    prompt_ids, output_ids = choice.token_ids[: choice.prompt_tokens], choice.token_ids[choice.prompt_tokens :]
+    return SampleSpec(submit.params, submit.seed, step, choices, prompt_ids, output_ids)

@@ -16,10 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from operator import attrgetter
 
 from decode_worker.stream import Delta, Done, Submit
 from engine.batch import Sampled
+from engine.multi_step import can_repeat
 from engine.request import FinishReason, Receipt
+
+TOKEN_ID = attrgetter("token_id")
 
 
 class RequestState(Enum):
@@ -117,6 +121,15 @@ class Request:
     def is_finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
 
+    def accept(self, eos_token_ids: frozenset[int], max_context: int) -> None:
+        """Works out what ends its choices."""
+        params = self.submit.params
+        stops = frozenset(params.stop_token_ids)
+        for choice in self.choices:
+            choice.stop_ids = stops if params.ignore_eos else stops | eos_token_ids
+            choice.can_repeat = can_repeat(params)
+            choice.max_length = min(choice.prompt_tokens + params.max_tokens, max_context)
+
     def move(self, state: RequestState) -> None:
         assert (self.state, state) in LEGAL_REQUEST_MOVES, (
             f"{self.key} cannot go from {self.state.name} to {state.name}"
@@ -152,30 +165,39 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One of a request's n answers. `token_ids` is prompt and output; `computed` counts tokens whose KV is written."""
+    """One of a request's n answers. `token_ids` is prompt and output; `computed` counts those whose KV is written, as
+    long as it is COMPUTING. While it runs, `reserved` tokens have slots in `block_ids`.
+
+    `max_length` tokens end it, or one of `stop_ids`; both are set when the request is accepted. `can_repeat`: nothing
+    else does, and several steps may run in one go. `last_token_s`: when it got its last token.
+    """
 
     request: Request
     index: int
     state: ChoiceState = ChoiceState.NEW
     token_ids: list[int] = field(default_factory=list)
     computed: int = 0
+    reserved: int = 0
+    block_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    max_length: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    can_repeat: bool = False
+    last_token_s: float = 0.0
+    # Worked out once: they are asked for at every step.
+    owner: str = field(init=False)
+    prompt_tokens: int = field(init=False)
+    age: tuple[int, int] = field(init=False)
+    draws: tuple[int, ...] = field(init=False)
+    tpot_s: float | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.submit.token_ids)
-
-    @property
-    def owner(self) -> str:
-        """Name of this choice's table in the block pool."""
-        return f"{self.request.key}/{self.index}"
-
-    def age(self) -> tuple[int, int]:
-        """Sorts choices, the oldest first."""
-        return self.request.serial, self.index
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.submit.token_ids)
+        self.owner = f"{self.request.key}/{self.index}"  # the name of its table in the block pool
+        self.prompt_tokens = len(self.token_ids)
+        self.age = (self.request.serial, self.index)  # sorts choices, the oldest first
+        self.draws = (self.index,)
+        self.tpot_s = self.request.submit.tpot_s
 
     @property
     def output_count(self) -> int:
@@ -187,19 +209,25 @@ class Choice:
         )
         self.state = state
 
-    def add(self, drawn: Sampled, eos_token_ids: frozenset[int], max_context: int) -> Delta:
+    def add(self, drawn: Sampled) -> Delta:
         """Appends a drawn token, and says so; sets `finish_reason` if it is the last."""
-        params = self.request.submit.params
-        self.token_ids.append(drawn.token_id)
-        is_eos = drawn.token_id in eos_token_ids and not params.ignore_eos
-        matched = drawn.token_id if is_eos or drawn.token_id in params.stop_token_ids else None
-        if matched is not None:
-            self.finish_reason = FinishReason.STOP
-        elif self.ends_by_length(0, max_context):
+        token_id = drawn.token_id
+        self.token_ids.append(token_id)
+        matched = None
+        if token_id in self.stop_ids:
+            self.finish_reason, matched = FinishReason.STOP, token_id
+        elif len(self.token_ids) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH
         return Delta(self.request.submit.request_id, self.index, (drawn,), self.finish_reason, matched)
 
-    def ends_by_length(self, more: int, max_context: int) -> bool:
+    def add_many(self, drawn: tuple[Sampled, ...]) -> Delta:
+        """Appends tokens of which none is a stop token, at most as many as it may still have."""
+        self.token_ids.extend(map(TOKEN_ID, drawn))
+        assert len(self.token_ids) <= self.max_length, f"{self.owner} has more tokens than it may have"
+        if len(self.token_ids) == self.max_length:
+            self.finish_reason = FinishReason.LENGTH
+        return Delta(self.request.submit.request_id, self.index, drawn, self.finish_reason)
+
+    def ends_by_length(self, more: int) -> bool:
         """Whether `more` tokens make the answer as long as it may be."""
-        max_tokens = self.request.submit.params.max_tokens
-        return self.output_count + more >= max_tokens or len(self.token_ids) + more >= max_context
+        return len(self.token_ids) + more >= self.max_length

@@ -17,51 +17,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
 
 from decode_worker import pull as pulling
 from decode_worker.config import DecodeConfig
 from decode_worker.flight import DecodeBatch
+from decode_worker.link_rates import LinkRates
+from decode_worker.live import Live
+from decode_worker.messages import Detach, Expire, FromGateway, Message
 from decode_worker.pipeline import Pipeline
 from decode_worker.pull import Arrived, Began, Ended, First, Pull
+from decode_worker.repeat import mean_work
+from decode_worker.report import loop_stats
 from decode_worker.scheduler import DecodeScheduler, Emission
 from decode_worker.sequence import Request, Timeline
 from decode_worker.session import Session
 from decode_worker.stream import Cancel, Command, Done, Event, Failed, Submit, TokenFrame
 from engine.batch import Runner
 from engine.block_pool import BlockPool
-from engine.errors import DeadlineExceeded, InvalidArgument, TandemError
+from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
 from engine.inbox import INBOX_LIMIT, Inbox
+from engine.kv_events import KVEventBatch
+from engine.learned_cost import learner
+from engine.multi_step import MultiStepRunner
 from engine.stats import LoopStats
-from kvtransfer.transport import PrefillCall, PrefillTransport
+from engine.step_cost import StepCost
+from kvtransfer.transport import PrefillTransport
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    session: Session
-    command: Command
-
-
-@dataclass(frozen=True, slots=True)
-class _Expire:
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Detach:
-    session: Session
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """An unfinished request and what belongs to it: its gateway, its deadline's timer, its open pull."""
-
-    request: Request
-    session: Session
-    timer: asyncio.TimerHandle | None = None
-    pull: Pull | None = None
 
 
 class DecodeWorker:
@@ -77,19 +59,27 @@ class DecodeWorker:
         eos_token_ids: frozenset[int],
         max_context: int,
         prefix_cache: bool = True,
+        cost: StepCost | None = None,
+        note_events: bool = False,
     ) -> None:
         self.worker_id = worker_id
         self._runner = runner
         self._transport = transport
+        self._cost = cost
+        self._learner = learner(cost)
         layout = runner.layout
-        self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache)
-        self._scheduler = DecodeScheduler(self._pool, config, eos_token_ids, max_context)
-        self._inbox: Inbox[_Command | _Expire | _Detach | pulling.News] = Inbox(INBOX_LIMIT)
-        self._live: dict[str, _Live] = {}
+        self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache, note_events=note_events)
+        self._scheduler = DecodeScheduler(self._pool, config, eos_token_ids, max_context, cost)
+        self._inbox: Inbox[Message] = Inbox(INBOX_LIMIT)
+        self._live: dict[str, Live] = {}
         self._open: set[Pull] = set()  # every pull whose task has not told Ended yet
         self._serial = 0
         self._session_count = 0
-        self._pipeline = Pipeline(runner, config.schedule_ahead is True)
+        is_ahead = config.schedule_ahead is True
+        self._pipeline = Pipeline(runner, is_ahead)
+        self._may_repeat = config.max_steps > 1 and not is_ahead and isinstance(runner, MultiStepRunner)
+        self._links = LinkRates()
+        self._is_draining = False
 
     async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
         """One gateway's stream. Closing the generator cancels all that came by it, within one step."""
@@ -101,7 +91,7 @@ class DecodeWorker:
                 yield frame
         finally:
             reader.cancel()
-            self._inbox.put(_Detach(session))
+            self._inbox.put(Detach(session))
             await asyncio.wait([reader])
 
     async def run(self) -> None:
@@ -118,19 +108,29 @@ class DecodeWorker:
             if tasks:
                 await asyncio.wait(tasks)
 
+    def drain(self) -> None:
+        """Refuses new requests from now on, as Unavailable. What was accepted is served to its end."""
+        self._is_draining = True
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is unfinished, no KV stream is open, and nothing waits to be handled."""
+        return not (self._live or self._open or self._inbox) and self._pipeline.is_empty
+
     def stats(self) -> LoopStats:
-        return LoopStats(
-            running=self._scheduler.running_count,
-            waiting=self._scheduler.waiting_count,
-            queued_tokens=self._scheduler.queued_tokens,
-            blocks_total=self._pool.num_blocks,
-            blocks_free=self._pool.available_count,
-            blocks_cached=self._pool.cached_count,
-            block_size=self._pool.block_size,
-            steps=self._pipeline.steps,
-            prefill_tokens_per_s=self._pipeline.tokens_per_s.value,
-            decode_step_s=self._pipeline.step_s.value,
-        )
+        return loop_stats(self._scheduler, self._pipeline, self._learner, self._is_draining)
+
+    def kv_events(self) -> KVEventBatch | None:
+        """Changes of the prefix cache since the last call; None without any, or without `note_events`."""
+        return self._pool.take_events()
+
+    def kv_snapshot(self) -> KVEventBatch:
+        """All that the prefix cache holds. `kv_events` goes on from here."""
+        return self._pool.snapshot()
+
+    def link_rates(self) -> tuple[tuple[str, float], ...]:
+        """Bytes per second of KV streams, by the prefill worker's address, as measured lately."""
+        return self._links.rates()
 
     def check_empty(self) -> None:
         """Asserts that no request holds anything, and that the pool's books agree."""
@@ -143,12 +143,13 @@ class DecodeWorker:
 
     async def _turn(self) -> None:
         """Schedules a step and, when the runner has all that it may have, waits for the oldest."""
+        loop = asyncio.get_running_loop()
         if not self._pipeline.is_empty:
             is_running = await self._inbox.serve_while(self._pipeline.almost_over(), self._handle)
             if not is_running:
                 await self._land()
                 return
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(loop.time())
         self._open_pulls()
         self._grant()
         if batch is not None:
@@ -161,24 +162,30 @@ class DecodeWorker:
     async def _launch(self, batch: DecodeBatch) -> None:
         if self._pipeline.is_empty:
             self._scheduler.starts(batch, asyncio.get_running_loop().time())
-        await self._pipeline.launch(batch)
+        await self._pipeline.launch(batch, self._scheduler.repeat(batch) if self._may_repeat else None)
         if not self._pipeline.has_room:
             await self._land()
 
     async def _land(self) -> None:
-        """Waits for the oldest step, reading mail meanwhile, and books it."""
-        await self._inbox.serve_while(self._pipeline.oldest_ended(), self._handle)
-        batch, out, now = self._pipeline.land()
-        self._emit(self._scheduler.complete(batch, out, now))
+        """Waits for the oldest step, or run of steps, reading mail meanwhile, and books it."""
+        await self._inbox.serve_until(self._pipeline.oldest, self._handle)
+        landed = self._pipeline.land()
+        if self._cost is not None:
+            self._cost.observe(mean_work(landed.batch.work, len(landed.outs)), landed.seconds / len(landed.outs))
+        self._emit(self._scheduler.complete(landed.batch, landed.outs, landed.now))
         if (running := self._pipeline.running) is not None:
-            self._scheduler.starts(running, now)
+            self._scheduler.starts(running, landed.now)
             # What has just become free is not kept waiting for the next `schedule`, which is a step away.
             self._open_pulls()
             self._grant()
 
+    def _cut_short(self) -> None:
+        """Before anything that changes the next batch: a run of several steps ends with the one that runs now."""
+        self._pipeline.cut_short()
+
     async def _rest(self) -> None:
         """Nothing can be computed: makes room for somebody, or waits for mail."""
-        demoted = self._scheduler.make_room()
+        demoted = self._scheduler.make_room(asyncio.get_running_loop().time())
         for request in demoted:
             self._close_pull(self._live[request.key])
         if not demoted:
@@ -192,11 +199,11 @@ class DecodeWorker:
         try:
             async for command in commands:
                 try:
-                    self._inbox.offer(_Command(session, command))
+                    self._inbox.offer(FromGateway(session, command))
                 except TandemError as error:
                     # A cancel is about accepted work and must never be lost; only new work may be refused.
                     if isinstance(command, Cancel):
-                        self._inbox.put(_Command(session, command))
+                        self._inbox.put(FromGateway(session, command))
                     else:
                         session.push(self._pipeline.steps, [Failed(command.request_id, error)])
         except TandemError as error:
@@ -204,18 +211,18 @@ class DecodeWorker:
         finally:
             session.close()
 
-    def _handle(self, message: _Command | _Expire | _Detach | pulling.News) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
-            case _Command(session=session, command=Submit() as submit):
+            case FromGateway(session=session, command=Submit() as submit):
                 self._submit(session, submit)
-            case _Command(session=session, command=Cancel() as cancel):
+            case FromGateway(session=session, command=Cancel() as cancel):
                 request = session.requests.get(cancel.request_id)
                 if request is not None:
                     self._drop(self._live[request.key])
-            case _Expire(key=key):
+            case Expire(key=key):
                 if key in self._live:
                     self._fail(self._live[key], DeadlineExceeded("decode"))
-            case _Detach(session=session):
+            case Detach(session=session):
                 for request in list(session.requests.values()):
                     self._drop(self._live[request.key])
             case Ended(pull=pull):
@@ -233,25 +240,30 @@ class DecodeWorker:
         key = f"{session.name}:{submit.request_id}#{self._serial}"
         request = Request(key, self._serial, submit, deadline, Timeline(now))
         try:
+            if self._is_draining:
+                raise Unavailable(f"decode worker {self.worker_id} takes no new requests")
             if submit.request_id in session.requests:
                 raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
             if not submit.token_ids:
                 raise InvalidArgument("prompt", "no tokens", "at least one token")
+            self._cut_short()
             self._scheduler.submit(request, now)
         except TandemError as error:
             session.push(self._pipeline.steps, [Failed(submit.request_id, error)])
             return
-        live = _Live(request, session)
+        live = Live(request, session)
         if deadline is not None:
-            live.timer = loop.call_at(deadline, self._inbox.put, _Expire(key))
+            live.timer = loop.call_at(deadline, self._inbox.put, Expire(key))
         self._live[key] = live
         session.requests[submit.request_id] = request
 
-    def _handle_pull(self, live: _Live, message: Began | First | Arrived) -> None:
+    def _handle_pull(self, live: Live, message: Began | First | Arrived) -> None:
         now = asyncio.get_running_loop().time()
         request = live.request
         match message:
             case Began(begin=begin):
+                if (run := self._pipeline.cut_short()) is not None:
+                    self._scheduler.settle(*run)
                 self._scheduler.began(request, begin.first_token, begin.cached_tokens)
                 self._grant()
             case First(frame=frame):
@@ -259,6 +271,7 @@ class DecodeWorker:
                 request.times.remote_prefill_s = frame.prefill_s
                 self._emit(self._scheduler.first_tokens(request, frame.sampled, now))
             case Arrived(end=end):
+                self._cut_short()
                 request.kv_bytes = end.kv_bytes
                 request.kv_bytes_before_first_token = end.kv_bytes_before_first_token
                 self._scheduler.arrived(request, now)
@@ -266,21 +279,10 @@ class DecodeWorker:
     # ── pulls ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _open_pulls(self) -> None:
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time()
         for request in self._scheduler.start_pulls():
-            submit = request.submit
-            remaining_s = None if request.deadline_s is None else max(0.0, request.deadline_s - loop.time())
-            call = PrefillCall(
-                request_id=submit.request_id,
-                token_ids=submit.token_ids,
-                params=submit.params,
-                seed=submit.seed,
-                have_tokens=request.have_tokens,
-                layout=self._runner.layout,
-                deadline_s=remaining_s,
-                salt=submit.salt,
-            )
-            pull = pulling.start(request, self._runner, self._transport, call, self._inbox.put)
+            call = pulling.call_for(request, self._runner.layout, now)
+            pull = pulling.start(request, self._runner, self._transport, call, self._inbox.put, self._links.add)
             self._live[request.key].pull = pull
             self._open.add(pull)
 
@@ -290,7 +292,7 @@ class DecodeWorker:
             assert pull is not None, f"{request.key} waits for blocks without an open stream"
             pull.grant.set_result(self._pool.table(request.lead.owner))
 
-    def _close_pull(self, live: _Live) -> None:
+    def _close_pull(self, live: Live) -> None:
         """Closes the stream and forgets it: what it still says is ignored."""
         pull, live.pull = live.pull, None
         if pull is not None and pull.task is not None:
@@ -303,6 +305,7 @@ class DecodeWorker:
         if not pull.task.cancelled():
             pull.task.result()  # a bug in the task is a bug in the worker: crash here, not silently there
         if request.is_dropped:
+            self._cut_short()
             self._scheduler.give_back(request)
             return
         live = self._live[request.key]
@@ -316,7 +319,7 @@ class DecodeWorker:
     def _emit(self, emissions: Iterable[Emission]) -> None:
         """One push per gateway, whatever the number of its sequences."""
         per_session: dict[Session, list[Event]] = {}
-        finished: list[_Live] = []
+        finished: list[Live] = []
         for request, event in emissions:
             live = self._live[request.key]
             per_session.setdefault(live.session, []).append(event)
@@ -327,12 +330,13 @@ class DecodeWorker:
         for live in finished:
             self._drop(live)
 
-    def _fail(self, live: _Live, error: TandemError) -> None:
+    def _fail(self, live: Live, error: TandemError) -> None:
         live.session.push(self._pipeline.steps, [Failed(live.request.submit.request_id, error)])
         self._drop(live)
 
-    def _drop(self, live: _Live) -> None:
+    def _drop(self, live: Live) -> None:
         """Ends a request: finished, cancelled, expired or failed. Its blocks follow once nobody writes to them."""
+        self._cut_short()
         request = live.request
         del self._live[request.key]
         del live.session.requests[request.submit.request_id]

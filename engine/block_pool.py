@@ -21,8 +21,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from engine import prefix_hash
+from engine.kv_events import KVEventBatch, KVEventNotes, short_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class _Table:
 class BlockPool:
     """Allocates blocks to named owners (one table each), shares them by reference, and caches finished prefixes."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_cache: bool = True, *, note_events: bool = False
+    ) -> None:
         assert num_blocks * block_size > 0, f"a pool of {num_blocks} blocks of {block_size} tokens holds nothing"
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -70,6 +74,7 @@ class BlockPool:
         self._free: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._tables: dict[str, _Table] = {}
+        self._notes = KVEventNotes() if note_events else None
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -97,6 +102,18 @@ class BlockPool:
         """Block ids of `owner` in token order."""
         return tuple(self._tables[owner].block_ids)
 
+    def block_count(self, owner: str) -> int:
+        return len(self._tables[owner].block_ids)
+
+    def reserved(self, owner: str) -> int:
+        """Tokens for which `owner` has slots."""
+        return self._tables[owner].reserved
+
+    def next_blocks(self, count: int) -> tuple[int, ...]:
+        """The `count` blocks that would be taken next, in that order. Nobody has them yet."""
+        assert count <= self.available_count, f"{count} blocks of {self.available_count}"
+        return tuple(islice(chain(self._free, self._cached), count))
+
     def filled(self, owner: str) -> int:
         """Tokens of `owner` whose KV is written."""
         return self._tables[owner].filled
@@ -104,6 +121,20 @@ class BlockPool:
     def lookup(self, token_ids: Sequence[int], salt: bytes = b"") -> int:
         """Tokens of this prompt that `new` would find in the cache. Changes nothing."""
         return len(self._match(token_ids, salt)) * self.block_size
+
+    def cached_names(self) -> tuple[int, ...]:
+        """Every block name that can be hit, in short (engine/kv_events.py)."""
+        return short_names(self._block_named)
+
+    def take_events(self) -> KVEventBatch | None:
+        """What has changed in the prefix cache since the last call, or `snapshot`; None without changes, or notes."""
+        return None if self._notes is None else self._notes.take(self._block_named)
+
+    def snapshot(self) -> KVEventBatch:
+        """All that is in the prefix cache now."""
+        if self._notes is None:
+            return KVEventBatch(self.cached_names(), is_snapshot=True)
+        return self._notes.snapshot(self._block_named)
 
     # ── verbs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,6 +178,16 @@ class BlockPool:
         table.block_ids.extend(self._take() for _ in range(new_blocks))
         table.reserved = end
         return Append(copies)
+
+    def append_block(self, owner: str) -> int:
+        """Reserves the slots of one more block for an owner whose blocks are reserved to the end; returns the block.
+        The same as `append` of so many tokens, where there is a block."""
+        table = self._tables[owner]
+        assert table.reserved == len(table.block_ids) * self.block_size, f"{owner} has room in its last block"
+        block_id = self._take()
+        table.block_ids.append(block_id)
+        table.reserved += self.block_size
+        return block_id
 
     def fork(self, parent: str, child: str) -> None:
         """Gives `child` the same blocks, by reference. Whoever appends first copies the shared tail."""
@@ -272,9 +313,13 @@ class BlockPool:
         if self._prefix_cache and name not in self._block_named and self._name_of[block_id] is None:
             self._block_named[name] = block_id
             self._name_of[block_id] = name
+            if self._notes is not None:
+                self._notes.stored(name)
 
     def _forget(self, block_id: int) -> None:
         name = self._name_of[block_id]
         if name is not None:
             del self._block_named[name]
             self._name_of[block_id] = None
+            if self._notes is not None:
+                self._notes.evicted(name)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from engine.batch import PENDING_TOKEN, Batch, KVLayout, LayerListener, Row, Sampled, SampleSpec, StepOutput
 from engine.emulated_kv import MASK, ROOT, EmulatedKV, extend, mix
+from engine.multi_step import can_repeat
 from engine.sampling import SamplingParams
 
 
@@ -54,6 +55,8 @@ class EmulatedRunner:
         self._in_use: list[frozenset[int]] = []
         self._turn = asyncio.Lock()
         self._drawn: list[_Draw] = []
+        # Of the last `run_many`: steps begun, and how many there are to be.
+        self._begun = self._limit = 1
         self._kv = EmulatedKV(layout)
 
     @property
@@ -71,6 +74,25 @@ class EmulatedRunner:
                 return await self._execute(batch, on_layers)
         finally:
             self._in_use.remove(blocks)
+
+    async def run_many(self, batch: Batch, max_steps: int) -> list[StepOutput]:
+        """See engine.multi_step.MultiStepRunner. Step by step: exact, and no faster than as many calls of `run`."""
+        assert max_steps >= 1, "a run has at least one step"
+        self._begun, self._limit = 0, max_steps
+        outputs: list[StepOutput] = []
+        step = batch
+        while self._begun < self._limit:
+            self._begun += 1
+            out = await self.run(Batch(tuple(_covered(row, self._layout.block_size) for row in step.rows), step.copies))
+            outputs.append(out)
+            step = Batch(tuple(_next_row(row, out.sampled[index]) for index, row in enumerate(step.rows)))
+        return outputs
+
+    def cut_short(self) -> int:
+        """See engine.multi_step.MultiStepRunner."""
+        assert self._begun >= 1, "a run was cut short before it began"
+        self._limit = self._begun
+        return self._limit
 
     async def _execute(self, batch: Batch, on_layers: LayerListener | None) -> StepOutput:
         drawn, self._drawn = self._drawn, []
@@ -197,6 +219,20 @@ def _resolve(row: Row, drawn: Sequence[_Draw]) -> Row:
         f"{row.seq_id} at {row.start} follows a draw of {draw.seq_id} at {draw.end}"
     )
     return replace(row, token_ids=(draw.token_id,))
+
+
+def _covered(row: Row, block_size: int) -> Row:
+    """`row` without the blocks after its end, which a later step of the same run would use."""
+    return replace(row, block_ids=row.block_ids[: -(-row.end // block_size)])
+
+
+def _next_row(row: Row, drawn: tuple[Sampled, ...]) -> Row:
+    """The row that computes what `row` drew."""
+    assert row.sample is not None, f"{row.seq_id} draws nothing and cannot be repeated"
+    assert len(row.token_ids) == len(drawn) == 1, f"{row.seq_id} is no decode row"
+    assert can_repeat(row.sample.params), f"{row.seq_id} may end by what it draws, and nobody looks"
+    sample = replace(row.sample, step=row.sample.step + 1)
+    return replace(row, token_ids=(drawn[0].token_id,), start=row.end, sample=sample)
 
 
 def _waves(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

@@ -32,6 +32,9 @@ class Inbox(Generic[Message]):
         self._messages: deque[Message] = deque()
         self._wake = asyncio.Event()
 
+    def __len__(self) -> int:
+        return len(self._messages)
+
     def offer(self, message: Message) -> None:
         """Raises Overloaded when `limit` messages wait already."""
         if len(self._messages) >= self._limit:
@@ -52,6 +55,21 @@ class Inbox(Generic[Message]):
         while not self._messages:
             self._wake.clear()
             await self._wake.wait()
+
+    async def serve_until(self, future: asyncio.Future[Any], handle: Callable[[Message], None]) -> None:
+        """Handles messages as they come until `future` is done. Cancelling this leaves the future as it is."""
+
+        def wake(_: object) -> None:
+            self._wake.set()
+
+        future.add_done_callback(wake)
+        try:
+            while not future.done():
+                self.drain(handle)
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            future.remove_done_callback(wake)
 
     async def serve_while(self, step: Coroutine[Any, Any, Result], handle: Callable[[Message], None]) -> Result:
         """Runs `step` to its end and handles messages as they come meanwhile. Cancelling this cancels and awaits it."""

@@ -6,8 +6,14 @@ A job's life, and what it holds in the block pool:
     nothing     all blocks   all blocks, pinned for the stream that sends them
        └───────────┴──────────▶ (gone)    its stream was closed: cancel, deadline, a dead peer
 
-Every step runs chunks of the jobs with the least slack. A job with less slack than those that run starts at once and
-passes them, so a short question does not wait for a long document; waiting costs slack, so nobody starves.
+Every step runs chunks of the most urgent jobs (engine/urgency.py). A job that is more urgent than those that run starts
+at once and passes them, so a short question does not wait for a long document; patience ends, so nobody starves. With a
+cost model a step is
+
+- filled up with further prompts only below the saturation length: beyond it each gets only the sum of all;
+- short enough for a prompt that it completes to meet its objective: the further chunks are cut for that;
+- short enough, when it is the turn of one that is late or has no objective, that the most urgent one can still start in
+  time after it.
 
 A job takes all blocks of its prompt when it starts, so a running job never waits for memory. When there are too few, it
 waits for streams to end: finished prompts whose KV is not yet pulled hold the pool, and that is the back-pressure.
@@ -16,68 +22,18 @@ waits for streams to end: finished prompts whose KV is not yet pulled hold the p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from engine.batch import Batch, Row, Sampled, SampleSpec, StepOutput
 from engine.block_pool import BlockPool
-from engine.chunking import next_chunk
+from engine.chunking import longest_chunk, next_chunk
 from engine.errors import InvalidArgument, Overloaded
 from engine.slack_queue import SlackQueue
-from kvtransfer.transport import PrefillCall
+from engine.step_cost import StepCost, StepWork
+from engine.urgency import LATE_TURN, prompt_s, urgency
 from prefill_worker.config import PrefillConfig
-
-# How long a prompt may take, queue and all, as a multiple of what it takes alone: equal patience per token means equal
-# slowdown for short and long prompts. A deadline that comes earlier counts instead.
-STRETCH = 10.0
-# What a prompt token takes, for comparing prompts with one another; an exact figure would not change their order much.
-TOKEN_S = 0.001
-
-
-class JobState(Enum):
-    WAITING = auto()
-    RUNNING = auto()
-    DONE = auto()
-
-
-LEGAL_MOVES = {(JobState.WAITING, JobState.RUNNING), (JobState.RUNNING, JobState.DONE)}
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One prompt on its way through. `key` is unique per stream: a retried request may overlap its predecessor.
-
-    Times are seconds of the loop's clock. `computed` counts tokens whose KV is in the pool, cached ones included.
-    """
-
-    key: str
-    call: PrefillCall
-    arrived_s: float
-    deadline_s: float | None
-    state: JobState = JobState.WAITING
-    cached: int = 0
-    computed: int = 0
-    started_s: float = 0.0
-
-    @property
-    def work_s(self) -> float:
-        """What the prompt takes alone."""
-        return len(self.call.token_ids) * TOKEN_S
-
-    @property
-    def due_s(self) -> float:
-        """When its first token should be there: by its deadline, or when its patience ends."""
-        patient_s = self.arrived_s + STRETCH * self.work_s
-        return patient_s if self.deadline_s is None else min(patient_s, self.deadline_s)
-
-    @property
-    def latest_start_s(self) -> float:
-        """When it would have to start, alone, to be in time. The queue orders by the same."""
-        return self.due_s - self.work_s
-
-    def move(self, state: JobState) -> None:
-        assert (self.state, state) in LEGAL_MOVES, f"{self.key} cannot go from {self.state.name} to {state.name}"
-        self.state = state
+from prefill_worker.job import Job, JobState, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +64,22 @@ class Finished:
 
 
 class PrefillScheduler:
-    """Admits prompts while the pool has room, in order of slack, and cuts them into chunks under the token budget."""
+    """Admits prompts while the pool has room, in order of slack, and cuts them into chunks under the token budget.
 
-    def __init__(self, pool: BlockPool, config: PrefillConfig) -> None:
+    `queued_tokens`: prompt tokens accepted and not yet computed; `queued_s`: what they take by the cost model, or 0.0.
+    """
+
+    def __init__(self, pool: BlockPool, config: PrefillConfig, cost: StepCost | None = None) -> None:
         self.pool = pool
         self._config = config
+        self._cost = cost
         self._waiting: SlackQueue[Job] = SlackQueue()
         self._running: dict[str, Job] = {}
         self._done: dict[str, Job] = {}
         self._leaving: list[str] = []
+        self._steps = 0
+        self.queued_tokens = 0
+        self._left_s = 0.0
 
     @property
     def waiting_count(self) -> int:
@@ -127,83 +90,161 @@ class PrefillScheduler:
         return len(self._running)
 
     @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens accepted and not yet computed."""
-        return sum(len(job.call.token_ids) - job.computed for job in (*self._waiting, *self._running.values()))
+    def queued_s(self) -> float:
+        return 0.0 if self._cost is None else self._left_s
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it knows no job: neither one to compute nor one whose KV is yet to be fetched."""
+        return not (self._waiting or self._running or self._done)
 
     def arrive(self, job: Job, now: float) -> None:
         """Raises InvalidArgument for a prompt that can never fit, Overloaded when too many wait."""
-        need = self.pool.blocks_for(len(job.call.token_ids))
+        need = self.pool.blocks_for(job.prompt_tokens)
         if need > self.pool.num_blocks:
             limit = self.pool.num_blocks * self.pool.block_size
-            raise InvalidArgument("prompt", f"{len(job.call.token_ids)} tokens", f"at most {limit} on this worker")
+            raise InvalidArgument("prompt", f"{job.prompt_tokens} tokens", f"at most {limit} on this worker")
         if len(self._waiting) >= self._config.max_queued:
             raise Overloaded(f"{len(self._waiting)} prompts wait for prefill")
-        self._waiting.push(job.key, job, now, job.due_s, job.work_s)
+        # A guess: by the time it starts, more may be cached, or less.
+        cached = self.pool.lookup(job.call.token_ids, job.call.salt) if self._cost is not None else 0
+        self.queued_tokens += job.prompt_tokens
+        self._measure(job, cached)
+        is_predicted = self._cost is not None
+        job.urgency = urgency(job.arrived_s, job.ttft_due_s, job.deadline_s, job.left_s, is_predicted=is_predicted)
+        self._waiting.push(
+            job.key,
+            job,
+            now,
+            job.urgency.patient_until_s,
+            objective_s=job.urgency.due_s,
+            late_after_s=job.urgency.late_after_s(job.left_s),
+        )
 
     def depart(self, key: str) -> None:
         """The job's stream has ended, however: all it holds goes back at the next `schedule`."""
-        if self._waiting.remove(key) is None:
+        job = self._waiting.remove(key)
+        if job is None:
             self._leaving.append(key)
+        else:
+            self._forget(job)
 
     def release(self) -> None:
         """Gives back what departed jobs held. Only between steps."""
         for key in self._leaving:
-            if self._running.pop(key, None) or self._done.pop(key, None):
+            running = self._running.pop(key, None)
+            if running is not None:
+                self._forget(running)
+            if (running or self._done.pop(key, None)) is not None:
                 self.pool.free(key)
         self._leaving.clear()
 
     def schedule(self, now: float) -> PrefillBatch | None:
         """The next batch, None when there is nothing to compute. Call only between steps."""
         self.release()
-        started = self._admit(now)
-        budget = self._config.token_budget
+        if not self._waiting and not self._running:
+            return None
+        self._steps += 1
+        turn = Turn(
+            self._running.values(),
+            self._waiting,
+            lambda job: self._start(job, now),
+            now,
+            is_late_turn=self._steps % LATE_TURN == 0,
+        )
         chunks: list[Chunk] = []
-        most_urgent = sorted(self._running.values(), key=lambda job: job.latest_start_s)
-        for job in most_urgent[: self._config.max_batch_prompts]:
-            count = next_chunk(job.computed, len(job.call.token_ids), budget, self.pool.block_size)
-            if count:
-                chunks.append(Chunk(job, job.computed, job.computed + count, self.pool.table(job.key)))
-                budget -= count
+        budget = self._config.token_budget
+        while budget > 0 and (job := turn.take()) is not None:
+            count = next_chunk(job.computed, job.prompt_tokens, budget, self.pool.block_size)
+            count = self._short_enough(chunks, job, count, turn, now)
+            end = job.computed + count
+            # What is left is less than a block: a chunk that ended inside one would leave an odd rest.
+            is_sliver = end < job.prompt_tokens and end % self.pool.block_size > 0
+            if not count or (chunks and is_sliver):
+                break
+            chunks.append(Chunk(job, job.computed, end, self.pool.table(job.key)))
+            if len(chunks) == self._config.max_batch_prompts:
+                break
+            budget -= count
+            if self._cost is not None:
+                computed = sum(chunk.end - chunk.start for chunk in chunks)
+                budget = min(budget, self._cost.saturation_tokens - computed)
         if not chunks:
             assert not self._running, "running prompts must get a chunk in every step"
             return None
-        return PrefillBatch(Batch(tuple(self._row(chunk) for chunk in chunks)), tuple(chunks), started)
+        batch = Batch(tuple(self._row(chunk) for chunk in chunks))
+        return PrefillBatch(batch, tuple(chunks), tuple(turn.started))
 
     def complete(self, batch: PrefillBatch, out: StepOutput) -> list[Finished]:
         """Books a finished step; returns the prompts that it completed. Jobs that left meanwhile are passed over."""
         finished: list[Finished] = []
         for chunk, sampled in zip(batch.chunks, out.sampled, strict=True):
             job = chunk.job
-            job.computed = chunk.end
+            self._advance(job, chunk.end)
             self.pool.seal(job.key, job.call.token_ids, chunk.end)
-            if chunk.end == len(job.call.token_ids):
+            if chunk.end == job.prompt_tokens:
                 job.move(JobState.DONE)
                 self._done[job.key] = self._running.pop(job.key)
+                self._forget(job)
                 if job.key not in self._leaving:
                     finished.append(Finished(job, sampled))
         return finished
 
-    def _admit(self, now: float) -> tuple[Job, ...]:
-        started: list[Job] = []
-        while (job := self._waiting.peek()) is not None and self._is_wanted(job):
-            job.cached = self.pool.new(job.key, job.call.token_ids, job.call.salt)
-            if self.pool.append(job.key, len(job.call.token_ids) - job.cached) is None:
-                # No skipping ahead: a short prompt that overtook this one could keep it waiting for ever.
-                self.pool.free(job.key)
-                break
-            self._waiting.pop()
-            job.move(JobState.RUNNING)
-            job.computed = job.cached
-            job.started_s = now
-            self._running[job.key] = job
-            started.append(job)
-        return tuple(started)
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _is_wanted(self, job: Job) -> bool:
-        """Whether a waiting job would get a chunk in the next step."""
-        ahead = sum(other.latest_start_s <= job.latest_start_s for other in self._running.values())
-        return ahead < self._config.max_batch_prompts
+    def _start(self, job: Job, now: float) -> bool:
+        """Gives a waiting job all its blocks. False when there are too few."""
+        cached = self.pool.new(job.key, job.call.token_ids, job.call.salt)
+        if self.pool.append(job.key, job.prompt_tokens - cached) is None:
+            self.pool.free(job.key)
+            return False
+        job.move(JobState.RUNNING)
+        job.cached = cached
+        job.started_s = now
+        self._advance(job, cached)
+        self._running[job.key] = job
+        return True
+
+    def _short_enough(self, chunks: list[Chunk], job: Job, count: int, turn: Turn, now: float) -> int:
+        """At most `count` tokens of `job` beside `chunks`: so many that the step is as short as it should be."""
+        cost = self._cost
+        if cost is None:
+            return count
+        before = tuple((chunk.end - chunk.start, chunk.start) for chunk in chunks)
+        if chunks:
+            ending = [chunk.job for chunk in chunks if chunk.end == chunk.job.prompt_tokens]
+            end_s = min((other.urgency.due_s for other in ending if other.is_timely(now)), default=math.inf)
+        else:
+            end_s = math.inf if job.is_timely(now) else turn.latest_start_s()
+        if end_s == math.inf:
+            return count
+
+        def is_short_enough(tokens: int) -> bool:
+            return now + cost.step_s(StepWork((*before, (tokens, job.computed)))) <= end_s
+
+        size = self.pool.block_size
+        short = longest_chunk(job.computed, count, size, is_short_enough)
+        return short if short or chunks else min(count, size - job.computed % size)
+
+    def _measure(self, job: Job, computed: int) -> None:
+        """Without a cost model a prompt's work stays what it was: an exact rest would not change the order much."""
+        left_s = prompt_s(self._cost, job.prompt_tokens - (computed if self._cost is not None else 0), computed)
+        self._left_s += left_s - job.left_s
+        job.left_s = left_s
+
+    def _advance(self, job: Job, computed: int) -> None:
+        self.queued_tokens -= computed - job.computed
+        job.computed = computed
+        self._measure(job, computed)
+
+    def _forget(self, job: Job) -> None:
+        """Nothing more is computed of it."""
+        self.queued_tokens -= job.prompt_tokens - job.computed
+        self._left_s -= job.left_s
+        job.left_s = 0.0
+        if not self._waiting and not self._running:
+            # Rounding does not add up over a worker's life.
+            self._left_s = 0.0
 
     @staticmethod
     def _row(chunk: Chunk) -> Row:

@@ -19,15 +19,19 @@ from functools import partial
 
 from engine.batch import Runner
 from engine.block_pool import BlockPool
-from engine.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, TandemError
+from engine.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, TandemError, Unavailable
 from engine.inbox import INBOX_LIMIT, Inbox
+from engine.kv_events import KVEventBatch
+from engine.learned_cost import learned, learner
 from engine.running_average import RunningAverage
 from engine.stats import LoopStats
+from engine.step_cost import StepCost, work_of
 from kvtransfer.frames import Begin, FirstToken, Frame
 from kvtransfer.send import KVSender
 from kvtransfer.transport import PrefillCall
 from prefill_worker.config import PrefillConfig
-from prefill_worker.scheduler import Chunk, Finished, Job, PrefillBatch, PrefillScheduler
+from prefill_worker.job import Job
+from prefill_worker.scheduler import Chunk, Finished, PrefillBatch, PrefillScheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +48,36 @@ class _Depart:
 class PrefillWorker:
     """Computes prompts and streams their KV while it does. Implements kvtransfer.transport.PrefillService."""
 
-    def __init__(self, runner: Runner, config: PrefillConfig, *, worker_id: str, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        config: PrefillConfig,
+        *,
+        worker_id: str,
+        prefix_cache: bool = True,
+        cost: StepCost | None = None,
+        note_events: bool = False,
+    ) -> None:
         self.worker_id = worker_id
         self._runner = runner
         self._config = config
+        self._cost = cost
+        self._learner = learner(cost)
         layout = runner.layout
-        self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache)
-        self._scheduler = PrefillScheduler(self._pool, config)
+        self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache, note_events=note_events)
+        self._scheduler = PrefillScheduler(self._pool, config, cost)
         self._inbox: Inbox[_Arrive | _Depart] = Inbox(INBOX_LIMIT)
         self._senders: dict[str, KVSender] = {}
         self._stream_count = 0
+        self._open_streams = 0
+        self._is_draining = False
         self._steps = 0
         self._tokens_per_s = RunningAverage()
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[Frame]:
         """One request's KV stream. Closing the generator frees everything within one step."""
+        if self._is_draining:
+            raise Unavailable(f"prefill worker {self.worker_id} takes no new prompts")
         self._check(call)
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -70,6 +89,7 @@ class PrefillWorker:
         timer = None
         if deadline is not None:
             timer = loop.call_at(deadline, sender.fail, DeadlineExceeded("prefill"))
+        self._open_streams += 1
         try:
             async with aclosing(sender.frames()) as frames:
                 async for frame in frames:
@@ -77,6 +97,7 @@ class PrefillWorker:
         finally:
             if timer is not None:
                 timer.cancel()
+            self._open_streams -= 1
             self._inbox.put(_Depart(job.key))
 
     async def run(self) -> None:
@@ -90,7 +111,25 @@ class PrefillWorker:
                 continue
             await self._step(batch)
 
+    def drain(self) -> None:
+        """Refuses new prompts from now on, as Unavailable. Those that were accepted are served to their end."""
+        self._is_draining = True
+
+    @property
+    def is_idle(self) -> bool:
+        """No prompt is to be computed, no stream is open, and nobody holds a block."""
+        return not self._open_streams and not self._inbox and self._scheduler.is_empty
+
+    def kv_events(self) -> KVEventBatch | None:
+        """Changes of the prefix cache since the last call; None without any, or without `note_events`."""
+        return self._pool.take_events()
+
+    def kv_snapshot(self) -> KVEventBatch:
+        """All that the prefix cache holds. `kv_events` goes on from here."""
+        return self._pool.snapshot()
+
     def stats(self) -> LoopStats:
+        own = learned(self._learner)
         return LoopStats(
             running=self._scheduler.running_count,
             waiting=self._scheduler.waiting_count,
@@ -101,6 +140,12 @@ class PrefillWorker:
             block_size=self._pool.block_size,
             steps=self._steps,
             prefill_tokens_per_s=self._tokens_per_s.value,
+            draining=self._is_draining,
+            queued_s=self._scheduler.queued_s,
+            prefill_scale=own.prefill_scale,
+            decode_scale=own.decode_scale,
+            cost_error_median=own.error_median,
+            cost_error_p90=own.error_p90,
         )
 
     def check_empty(self) -> None:
@@ -139,6 +184,8 @@ class PrefillWorker:
         self._steps += 1
         now = loop.time()
         self._tokens_per_s.add(batch.batch.token_count / max(now - start, 1e-9))
+        if self._cost is not None:
+            self._cost.observe(work_of(batch.batch), now - start)
         for finished in self._scheduler.complete(batch, out):
             self._finish(finished, now)
 

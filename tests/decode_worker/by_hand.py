@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from decode_worker.config import DecodeConfig
 from decode_worker.flight import DecodeBatch
+from decode_worker.repeat import Repeat
 from decode_worker.scheduler import DecodeScheduler, Emission
 from decode_worker.sequence import Request, RequestState, Timeline
 from decode_worker.stream import Delta, Submit
-from engine.batch import PENDING_TOKEN, Row, Sampled, StepOutput
+from engine.batch import PENDING_TOKEN, Batch, Row, Sampled, StepOutput
 from engine.block_pool import BlockPool
 from engine.sampling import SamplingParams
+from engine.step_cost import StepCost
 
 EOS = 0
 BLOCK = 4
@@ -67,19 +69,29 @@ class Memory:
 class Bench:
     """A scheduler, its pool and a memory. Time is the number of completed steps."""
 
-    def __init__(self, num_blocks: int = 32, **limits: int) -> None:
+    def __init__(self, num_blocks: int = 32, cost: StepCost | None = None, **limits: int) -> None:
+        self.cost = cost
         self.pool = BlockPool(num_blocks, BLOCK)
         self.memory = Memory(num_blocks)
-        self.scheduler = DecodeScheduler(self.pool, DecodeConfig(**limits), frozenset({EOS}), MAX_CONTEXT)
+        self.scheduler = DecodeScheduler(self.pool, DecodeConfig(**limits), frozenset({EOS}), MAX_CONTEXT, cost)
+        self.repeat: Repeat | None = None
         self.under_way: list[DecodeBatch] = []
         self.now = 0.0
         self._serial = 0
         self._ended: set[tuple[str, int]] = set()
 
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams = GREEDY, *, pulled: bool = False) -> Request:
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams = GREEDY,
+        *,
+        pulled: bool = False,
+        ttft_due_s: float | None = None,
+        tpot_s: float | None = None,
+    ) -> Request:
         self._serial += 1
         key = f"r{self._serial}"
-        submit = Submit(key, prompt, params, 0, "p" if pulled else "")
+        submit = Submit(key, prompt, params, 0, "p" if pulled else "", ttft_due_s=ttft_due_s, tpot_s=tpot_s)
         request = Request(key, self._serial, submit, None, Timeline(self.now))
         self.scheduler.submit(request, self.now)
         return request
@@ -105,7 +117,7 @@ class Bench:
         return emissions
 
     def schedule(self) -> DecodeBatch | None:
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self.now)
         if batch is not None:
             self.under_way.append(batch)
             if len(self.under_way) == 1:
@@ -116,9 +128,31 @@ class Bench:
         """Ends the oldest step."""
         batch = self.under_way.pop(0)
         self.now += 1.0
-        emissions = self.scheduler.complete(batch, self.memory.execute(batch, drawn), self.now)
+        emissions = self.scheduler.complete(batch, [self.memory.execute(batch, drawn)], self.now)
         if self.under_way:
             self.scheduler.starts(self.under_way[0], self.now)
+        self._drop_finished(emissions)
+        return emissions
+
+    def schedule_run(self) -> DecodeBatch | None:
+        """Schedules a step, and as many of its like as may follow; only while none is under way."""
+        batch = self.schedule()
+        self.repeat = None if batch is None else self.scheduler.repeat(batch)
+        return batch
+
+    def complete_run(self, steps: int, drawn: dict[str, list[int]]) -> list[Emission]:
+        """Ends a repeated batch after `steps` steps; in each a row draws the next of its tokens."""
+        assert self.repeat is not None
+        batch, rows, outs = self.under_way.pop(), self.repeat.batch.rows, []
+        for step in range(steps):
+            tokens = {name: each[step:] for name, each in drawn.items()}
+            copies = batch.batch.copies if step == 0 else ()
+            single = replace(batch, batch=Batch(tuple(_until_end(row) for row in rows), copies))
+            outs.append(self.memory.execute(single, tokens))
+            rows = tuple(_next(row, tokens[row.seq_id][0]) for row in rows)
+        self.now += float(steps)
+        self.repeat = None
+        emissions = self.scheduler.complete(batch, outs, self.now)
         self._drop_finished(emissions)
         return emissions
 
@@ -130,6 +164,7 @@ class Bench:
         """Every block that a step under way reads or writes."""
         named: set[int] = set()
         for batch in self.under_way:
+            # What later steps of a run use is nobody's until they are run.
             named |= {block_id for row in batch.batch.rows for block_id in row.block_ids}
             named |= {block_id for copy in batch.batch.copies for block_id in copy}
         return named
@@ -148,3 +183,13 @@ class Bench:
         for request in {request.key: request for request, _ in emissions}.values():
             if request.is_finished and not request.is_dropped:
                 self.cancel(request)
+
+
+def _until_end(row: Row) -> Row:
+    return replace(row, block_ids=row.block_ids[: -(-row.end // BLOCK)])
+
+
+def _next(row: Row, token_id: int) -> Row:
+    assert row.sample is not None
+    sample = replace(row.sample, step=row.sample.step + 1)
+    return replace(row, token_ids=(token_id,), start=row.end, sample=sample)

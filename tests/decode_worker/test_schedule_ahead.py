@@ -327,11 +327,11 @@ def test_at_most_two_steps_in_order():
         desk.schedule()
     first, second = desk.under_way
     with pytest.raises(AssertionError, match="a step was completed before an older one"):
-        desk.scheduler.complete(second, desk.memory.execute(first, {"r1/0": [8]}), 1.0)
+        desk.scheduler.complete(second, [desk.memory.execute(first, {"r1/0": [8]})], 1.0)
 
 
 def test_nobody_is_demoted_while_a_step_is_under_way():
     desk = bench()
     started(desk)
     with pytest.raises(AssertionError, match="somebody may have blocks after the step under way"):
-        desk.scheduler.make_room()
+        desk.scheduler.make_room(0.0)

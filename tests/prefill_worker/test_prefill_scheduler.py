@@ -8,7 +8,8 @@ from engine.batch import Sampled, StepOutput
 from engine.block_pool import BlockPool
 from engine.errors import InvalidArgument, Overloaded
 from prefill_worker.config import PrefillConfig
-from prefill_worker.scheduler import Finished, Job, PrefillBatch, PrefillScheduler
+from prefill_worker.job import Job
+from prefill_worker.scheduler import Finished, PrefillBatch, PrefillScheduler
 from tests.emulated import call
 
 BLOCK = 4

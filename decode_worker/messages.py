@@ -1,0 +1,32 @@
+"""What reaches the decode loop by its inbox, beside what pulls tell it (pull.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from decode_worker.pull import News
+from decode_worker.session import Session
+from decode_worker.stream import Command
+
+
+@dataclass(frozen=True, slots=True)
+class FromGateway:
+    session: Session
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """A request's deadline has passed."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """A gateway's stream has ended."""
+
+    session: Session
+
+
+Message = FromGateway | Expire | Detach | News
