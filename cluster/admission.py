@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cluster.deadline import within
-from engine.errors import Overloaded
+from engine.errors import DeadlineExceeded, Overloaded
 from engine.running_average import RunningAverage
 
 # Before the first request has finished, nothing is known of how long one takes.
@@ -31,10 +32,14 @@ class Admission:
         return len(self._queue)
 
     @asynccontextmanager
-    async def place(self, deadline_s: float | None) -> AsyncIterator[None]:
-        """Waits for a place and holds it. Raises Overloaded when too many wait already, DeadlineExceeded at
-        `deadline_s` on the loop's clock. Whoever stops waiting, for whatever reason, leaves the queue at once."""
-        await within(deadline_s, "gateway queue", self._enter())
+    async def place(self, deadline_s: float | None, due_s: float = math.inf) -> AsyncIterator[None]:
+        """Waits for a place and holds it. Raises Overloaded when too many wait already, or at `due_s`, from when on
+        the place is of no use; DeadlineExceeded at `deadline_s`. Times are of the loop's clock. Whoever stops waiting,
+        for whatever reason, leaves the queue at once."""
+        if self.running_count < self._max_running:
+            self.running_count += 1
+        else:
+            await self._wait(deadline_s, due_s)
         loop = asyncio.get_running_loop()
         entered_s = loop.time()
         try:
@@ -43,10 +48,17 @@ class Admission:
             self._held_s.add(loop.time() - entered_s)
             self._leave()
 
+    async def _wait(self, deadline_s: float | None, due_s: float) -> None:
+        limit_s = due_s if deadline_s is None else min(due_s, deadline_s)
+        try:
+            await within(limit_s if math.isfinite(limit_s) else None, "gateway queue", self._enter())
+        except DeadlineExceeded:
+            if limit_s == deadline_s:
+                raise
+            reason = "the objective for the first token passed in the gateway's queue"
+            raise Overloaded(reason, self._retry_after_s()) from None
+
     async def _enter(self) -> None:
-        if self.running_count < self._max_running:
-            self.running_count += 1
-            return
         if len(self._queue) >= self._max_waiting:
             raise Overloaded(f"{len(self._queue)} requests wait at the gateway already", self._retry_after_s())
         ticket = asyncio.get_running_loop().create_future()

@@ -1,38 +1,85 @@
 """The gateway: takes requests, finds workers for them, and gives their answers back as text.
 
-    generate():  validate, tokenize ─▶ gateway queue ─▶ route ─▶ submit ─▶ deltas to text ─▶ Complete
-                 (intake.py)           (admission.py)   (router.py)        (answer.py)
+    generate():  validate, tokenize ─▶ gateway queue ─▶ route, or refuse ─▶ submit ─▶ deltas to text ─▶ Complete
+                 (intake.py)           (admission.py)   (dispatcher.py)               (answer.py)
 
-All that a request holds (its id, its place, its load in the ledger, its run on a worker) belongs to `generate`'s
-generator and goes with it, however that ends. Plain asyncio: knows neither gRPC nor HTTP.
+All that a request holds (its id, its place, its booking, its run on a worker) belongs to `generate`'s generator and
+goes with it, however that ends. How it ended is counted (outcomes.py). Plain asyncio: knows neither gRPC nor HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from cluster.admission import Admission
 from cluster.answer import Answer
-from cluster.deadline import within
+from cluster.cluster_status import cluster_status
+from cluster.dispatcher import Dispatcher
 from cluster.gateway_config import GatewayConfig
 from cluster.intake import prompt_token_ids
 from cluster.ledger import Ledger
-from cluster.links import DecodeLinks
-from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo, Usage, WorkerStatus
-from cluster.registry import HeartbeatReply, KnownWorker, Registry, WorkerReport
-from cluster.router import Defer, Reject, Route, RouteQuery, choose
-from decode_worker.stream import Delta, Done, Failed, Submit
-from engine.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from cluster.links import DecodeLinks, Mailbox
+from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo, Usage
+from cluster.outcomes import Outcome, Outcomes, Reason
+from cluster.prefix_index import BlockNames, PrefixIndex
+from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
+from cluster.routing.booking import Booking
+from cluster.routing.costs import CostLike, RoleCosts, worker_costs
+from cluster.routing.make_router import make_router
+from cluster.routing.query import RouteQuery
+from cluster.routing.view import ClusterView
+from decode_worker.stream import Delta, Done, Event, Failed, Submit
+from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError
+from engine.objectives import Objectives
 from engine.request import Receipt
 from engine.tokenizer import Tokenizer
 
 
+class RoleController(Protocol):
+    """Who decides which role each worker should have, from what it is told of the requests
+    (cluster/controller_loop.py). Counts of tokens are of one request; `max_tokens` and `answer_tokens` of all its
+    choices together."""
+
+    def wanted_role(self, worker_id: str) -> Role | Literal[""]:
+        """The role to ask a worker for that has just reported; "" leaves it as it is."""
+        ...
+
+    def arrived(self, prompt_tokens: int, max_tokens: int, objectives: Objectives) -> None:
+        """A request came in good order."""
+        ...
+
+    def answered(self, prompt_tokens: int, cached_tokens: int, max_tokens: int, answer_tokens: int) -> None:
+        """A request was answered whole."""
+        ...
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request under way: what was asked, and how far it is."""
+
+    request: GenerateRequest
+    token_ids: tuple[int, ...]
+    objectives: Objectives
+    arrived_s: float
+    deadline_s: float | None
+    answer: Answer
+    submitted_s: float = 0.0
+    booking: Booking | None = None
+    done: Done | None = None
+
+
 class Gateway:
-    """Serves one model. `tokenizer` None serves token ids only, and answers without text."""
+    """Serves one model. `tokenizer` None serves token ids only, and answers without text.
+
+    `cost` predicts the workers' times, one cost model for all or one per role; None goes by the rates they report.
+    `controller` says which role each worker is to have; None leaves them as they are.
+    """
 
     def __init__(
         self,
@@ -42,55 +89,62 @@ class Gateway:
         links: DecodeLinks,
         config: GatewayConfig,
         rng: random.Random,
+        cost: CostLike | RoleCosts | None = None,
+        controller: RoleController | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
+        self.outcomes = Outcomes(config.outcome_window_s)
+        self.controller = controller
         self._registry = registry
         self._links = links
         self._config = config
         self._rng = rng
         self._admission = Admission(config.max_running, config.max_waiting)
-        self._ledger = Ledger()
+        self.view = ClusterView(
+            worker_costs(cost, config.router),
+            config.fresh_s,
+            config.expire_s,
+            config.router.typical_answer_tokens,
+            PrefixIndex(config.router.prefix_entries),
+        )
+        self.router = make_router(config.router)
+        self._ledger = Ledger(self.view, self.router)
+        self._dispatcher = Dispatcher(
+            self.view, self.router, self._ledger, rng, config.route_wait_s, config.router.lead_s
+        )
         self._request_ids: set[str] = set()
-        self._finished_count = 0
-        # Set and replaced by every heartbeat, so that each waits for news from now on.
-        self._heard = asyncio.Event()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Complete]:
         """Runs one request: Chunks as its tokens come, then one Complete. Closing the generator cancels everything.
 
-        Raises InvalidArgument or NotFound for a bad request, Overloaded when too many wait, Unavailable when no worker
-        can be had or one is lost, DeadlineExceeded naming the phase, and whatever else the workers report.
+        Raises InvalidArgument or NotFound for a bad request, Overloaded when too many wait or its objectives are out of
+        reach, Unavailable when no worker can be had or one is lost, DeadlineExceeded naming the phase, and whatever
+        else the workers report.
         """
         clock = asyncio.get_running_loop().time
-        arrived_s = clock()
-        token_ids = prompt_token_ids(request, self.model, self.tokenizer, self._config.max_prompt_chars)
-        allowed_s = request.deadline_s or self._config.default_deadline_s
-        deadline_s = None if allowed_s is None else arrived_s + allowed_s
-        answer = Answer(request.params, self.tokenizer)
-        done: Done | None = None
-        with self._own_id(request.request_id) as request_id:
-            async with self._admission.place(deadline_s):
-                route = await within(deadline_s, "routing", self._route(request, len(token_ids)))
-                submitted_s = clock()
-                submit = self._submit(request, request_id, token_ids, route, deadline_s)
-                with self._ledger.entry(route, len(token_ids), submitted_s) as entry:
-                    async with self._links.submit(route.decode_address, submit) as events:
-                        while done is None and not answer.was_cut:
-                            phase = "prefill" if answer.first_s is None else "decode"
-                            match await within(deadline_s, phase, anext(events)):
-                                case Delta() as delta:
-                                    entry.is_prefilled = True
-                                    chunk = answer.add(delta, clock())
+        run = self._start(request)
+        try:
+            with self._own_id(request.request_id) as request_id:
+                async with self._admission.place(run.deadline_s, self._give_up_s(run)):
+                    query = self._query(run)
+                    booking = run.booking = await self._dispatcher.place(query, run.deadline_s)
+                    try:
+                        submit = self._submit(run, booking, request_id)
+                        async with self._links.submit(booking.route.decode_address, submit) as mailbox:
+                            with _deadline(run, mailbox):
+                                while run.done is None and not run.answer.was_cut:
+                                    chunk = self._take(run, booking, await anext(mailbox), clock())
                                     if chunk is not None:
                                         yield chunk
-                                case Done() as done:
-                                    pass
-                                case Failed(error=error):
-                                    raise error
+                    finally:
+                        self._end(booking)
+        except TandemError as error:
+            self._count(run, _reason(error))
+            raise
         # Only now, with nothing held any more: a reader may take its time over the last part.
-        self._finished_count += 1
-        yield _complete(answer, done, len(token_ids), route, arrived_s, submitted_s)
+        self._count(run, "finished")
+        yield _complete(run, booking)
 
     def heartbeat(self, report: WorkerReport) -> HeartbeatReply:
         """Takes a worker's report; returns what is asked of the worker. Every report must come through here:
@@ -98,10 +152,16 @@ class Gateway:
         a worker with another model."""
         if report.model != self.model.name:
             raise InvalidArgument("model", report.model, f"{self.model.name!r}, which this gateway serves")
-        self._registry.heartbeat(report, asyncio.get_running_loop().time())
-        self._heard.set()
-        self._heard = asyncio.Event()
-        return HeartbeatReply(self._config.heartbeat_interval_s)
+        now = asyncio.get_running_loop().time()
+        self._registry.heartbeat(report, now)
+        knows_cache = self.view.report(report, now)
+        self._dispatcher.news()
+        role = self.controller.wanted_role(report.worker_id) if self.controller is not None else ""
+        return HeartbeatReply(self._config.heartbeat_interval_s, role, kv_resync=not knows_cache)
+
+    def on_its_way(self, worker_id: str) -> int:
+        """Requests that were sent to a worker and are not over there."""
+        return self._ledger.on_its_way(worker_id)
 
     def new_request_id(self) -> str:
         """An id that no running request has."""
@@ -111,21 +171,29 @@ class Gateway:
 
     def status(self, now: float) -> ClusterStatus:
         """The cluster as this gateway sees it; `now` on the running loop's clock."""
-        workers = [_worker_status(worker, self._registry, now) for worker in self._registry.all(now)]
-        return ClusterStatus(
-            model=self.model.name,
-            workers=tuple(sorted(workers, key=lambda worker: (worker.role, worker.worker_id))),
-            requests_running=self._admission.running_count,
-            requests_waiting=self._admission.waiting_count,
-            requests_finished=self._finished_count,
-        )
+        return cluster_status(self.model.name, self._registry, self._admission, self.outcomes, self.router.name, now)
 
     def check_empty(self) -> None:
         """Asserts that no request holds anything here."""
         assert not self._request_ids, f"requests still run: {sorted(self._request_ids)}"
         held = (self._admission.running_count, self._admission.waiting_count)
         assert held == (0, 0), f"(running, waiting) places are still held: {held}"
+        self._dispatcher.check_empty()
         self._ledger.check_empty()
+
+    # ── one request ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, request: GenerateRequest) -> _Run:
+        """Raises InvalidArgument or NotFound: what is no request in good order does not count as one."""
+        now = asyncio.get_running_loop().time()
+        token_ids = prompt_token_ids(request, self.model, self.tokenizer, self._config.max_prompt_chars)
+        objectives = self._config.objectives_of(request.objectives, request.slo_class)
+        allowed_s = request.deadline_s or self._config.default_deadline_s
+        deadline_s = None if allowed_s is None else now + allowed_s
+        if self.controller is not None:
+            params = request.params
+            self.controller.arrived(len(token_ids), params.n * params.max_tokens, objectives)
+        return _Run(request, token_ids, objectives, now, deadline_s, Answer(request.params, self.tokenizer))
 
     @contextmanager
     def _own_id(self, request_id: str) -> Iterator[str]:
@@ -138,82 +206,117 @@ class Gateway:
         finally:
             self._request_ids.remove(request_id)
 
-    async def _route(self, request: GenerateRequest, prompt_tokens: int) -> Route:
-        """Raises InvalidArgument for what no worker could take, Unavailable when none came within `route_wait_s`."""
-        loop = asyncio.get_running_loop()
-        give_up_s = loop.time() + self._config.route_wait_s
-        query = RouteQuery(prompt_tokens, prompt_tokens + request.params.max_tokens)
-        while True:
-            now = loop.time()
-            fresh = [*self._registry.fresh("prefill", now), *self._registry.fresh("decode", now)]
-            loads = [self._ledger.load(worker) for worker in fresh]
-            match choose(query, loads, now, self._rng, config=self._config.router):
-                case Route() as route:
-                    return route
-                case Reject() as no:
-                    raise InvalidArgument(no.field, no.value, no.expected)
-                case Defer(reason=reason) if now >= give_up_s:
-                    raise Unavailable(f"{reason}; waited {self._config.route_wait_s:g} s for one")
-            try:
-                async with asyncio.timeout_at(give_up_s):
-                    await self._heard.wait()
-            except TimeoutError:
-                continue
+    def _give_up_s(self, run: _Run) -> float:
+        """Until when a place is of use. The baselines serve a request whose objective has passed as any other."""
+        if run.objectives.ttft_s is None or not self.router.refuses:
+            return math.inf
+        return run.arrived_s + run.objectives.ttft_s
 
-    def _submit(
-        self,
-        request: GenerateRequest,
-        request_id: str,
-        token_ids: tuple[int, ...],
-        route: Route,
-        deadline_s: float | None,
-    ) -> Submit:
-        left_s = None if deadline_s is None else deadline_s - asyncio.get_running_loop().time()
-        if left_s is not None and left_s <= 0:
-            raise DeadlineExceeded("routing")
-        seed = request.params.seed
-        return Submit(
-            request_id=request_id,
-            token_ids=token_ids,
-            params=request.params,
-            seed=self._rng.getrandbits(63) if seed is None else seed,
-            prefill_address=route.prefill_address,
-            deadline_s=left_s,
-            salt=request.salt,
+    def _query(self, run: _Run) -> RouteQuery:
+        params, prompt_tokens = run.request.params, len(run.token_ids)
+        return RouteQuery(
+            prompt_tokens=prompt_tokens,
+            total_tokens=prompt_tokens + params.max_tokens,
+            rows=params.n,
+            objectives=run.objectives,
+            arrived_s=run.arrived_s,
+            names=BlockNames(run.token_ids, run.request.salt),
         )
 
+    def _submit(self, run: _Run, booking: Booking, request_id: str) -> Submit:
+        now = run.submitted_s = asyncio.get_running_loop().time()
+        left_s = None if run.deadline_s is None else run.deadline_s - now
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded("routing")
+        params, ttft_s = run.request.params, run.objectives.ttft_s
+        return Submit(
+            request_id=request_id,
+            token_ids=run.token_ids,
+            params=params,
+            seed=self._rng.getrandbits(63) if params.seed is None else params.seed,
+            prefill_address=booking.route.prefill_address,
+            deadline_s=left_s,
+            salt=run.request.salt,
+            ttft_due_s=None if ttft_s is None else max(0.0, run.arrived_s + ttft_s - now),
+            tpot_s=run.objectives.tpot_s,
+        )
 
-def _complete(
-    answer: Answer, done: Done | None, prompt_tokens: int, route: Route, arrived_s: float, submitted_s: float
-) -> Complete:
-    """`done` is None where a stop string ended the answer here: then the worker's part of the receipt is not known."""
+    def _take(self, run: _Run, booking: Booking, event: Event, now: float) -> Chunk | None:
+        match event:
+            case Delta() as delta:
+                chunk = run.answer.add(delta, now)
+                if booking.first_s is None and run.answer.first_s is not None:
+                    self._ledger.first_token(booking, now)
+                    self._dispatcher.news()
+                return chunk
+            case Failed(error=error):
+                raise error
+            case Done():
+                run.done = event
+        return None
+
+    def _end(self, booking: Booking) -> None:
+        self._ledger.end(booking, asyncio.get_running_loop().time())
+        self._dispatcher.news()
+
+    def _count(self, run: _Run, reason: Reason | None) -> None:
+        if reason is None:
+            return
+        answer, booking = run.answer, run.booking
+        ttft_s = None if answer.first_s is None else answer.first_s - run.arrived_s
+        tpot_s = answer.tpot_s if reason == "finished" else None
+        was_local = booking is not None and booking.route.is_local
+        now = asyncio.get_running_loop().time()
+        self.outcomes.add(Outcome(now, run.objectives, ttft_s, tpot_s, was_local, reason))
+        if reason != "finished" or booking is None:
+            return
+        params, cached_tokens = run.request.params, run.done.cached_tokens if run.done is not None else 0
+        self._ledger.finished(booking, answer.tpot_s, answer.token_count // params.n)
+        if self.controller is not None:
+            self.controller.answered(
+                len(run.token_ids), cached_tokens, params.n * params.max_tokens, answer.token_count
+            )
+
+
+@contextmanager
+def _deadline(run: _Run, mailbox: Mailbox) -> Iterator[None]:
+    """Ends the reading of an answer at its request's deadline: one timer for all of its parts."""
+    timer = None
+    if run.deadline_s is not None:
+        timer = asyncio.get_running_loop().call_at(run.deadline_s, mailbox.expire)
+    try:
+        yield
+    except TimeoutError:
+        raise DeadlineExceeded("prefill" if run.answer.first_s is None else "decode") from None
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _reason(error: TandemError) -> Reason | None:
+    """What an error means for the attainment; None where the request itself was at fault."""
+    match error:
+        case InvalidArgument() | NotFound():
+            return None
+        case Overloaded():
+            return "rejected"
+        case DeadlineExceeded():
+            return "expired"
+    return "failed"
+
+
+def _complete(run: _Run, booking: Booking) -> Complete:
+    """Without `run.done` a stop string ended the answer here, and the worker's part of the receipt is not known."""
+    answer, done, route = run.answer, run.done, booking.route
     receipt = replace(
         done.receipt if done is not None else Receipt(),
-        gateway_queue_s=submitted_s - arrived_s,
-        ttft_s=0.0 if answer.first_s is None else answer.first_s - arrived_s,
+        gateway_queue_s=run.submitted_s - run.arrived_s,
+        ttft_s=0.0 if answer.first_s is None else answer.first_s - run.arrived_s,
         tpot_s=answer.tpot_s,
         prefill_worker=route.prefill_id,
         decode_worker=route.decode_id,
+        predicted_ttft_s=route.predicted_ttft_s,
+        predicted_tpot_s=route.predicted_tpot_s,
     )
     cached_tokens = done.cached_tokens if done is not None else 0
-    return Complete(answer.choices(), Usage(prompt_tokens, answer.token_count, cached_tokens), receipt)
-
-
-def _worker_status(worker: KnownWorker, registry: Registry, now: float) -> WorkerStatus:
-    report, stats = worker.report, worker.report.stats
-    return WorkerStatus(
-        worker_id=report.worker_id,
-        role=report.role,
-        address=report.address,
-        incarnation=report.incarnation,
-        heartbeat_age_s=now - worker.heard_s,
-        fresh=registry.is_fresh(worker, now),
-        draining=stats.draining,
-        running=stats.running,
-        waiting=stats.waiting,
-        queued_tokens=stats.queued_tokens,
-        blocks_total=stats.blocks_total,
-        blocks_free=stats.blocks_free,
-        blocks_cached=stats.blocks_cached,
-        steps=stats.steps,
-    )
+    return Complete(answer.choices(), Usage(len(run.token_ids), answer.token_count, cached_tokens), receipt)

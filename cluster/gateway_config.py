@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from engine.errors import InvalidArgument
+from engine.objectives import Objectives
+
+Policy = Literal["goodput", "round_robin", "random", "least_loaded", "power_of_two", "prefix_affinity"]
+
 
 class RouterConfig(BaseModel):
-    """What the router assumes where nothing has been measured, and what it may do."""
+    """The policy, what it assumes where nothing has been measured, and what it may do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    policy: Policy = Field(default="goodput", description="How workers are chosen, and whether requests are refused.")
     allow_local: bool = Field(
         default=True, description="Prefill on the decode worker when no prefill worker can be had."
     )
@@ -24,8 +30,64 @@ class RouterConfig(BaseModel):
     typical_answer_tokens: int = Field(
         default=128,
         ge=1,
-        description="Length of a usual answer: how long a running request is thought to hold its blocks.",
+        description="Length of a usual answer, until answers have been seen.",
     )
+    default_link_bytes_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Assumed of a link between workers that nobody has measured; null: transfers cost nothing.",
+    )
+    prefill_chunk_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of a prefill worker's step; null: where larger ones gain nothing."
+    )
+    local_chunk_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of prompts in a decode worker's step; null: as above."
+    )
+    candidates: int = Field(
+        default=2, ge=1, description="Least loaded workers of each order that are compared, and as many with a prefix."
+    )
+    min_probability: float = Field(
+        default=0.05, ge=0, lt=1, description="A request less likely than this to meet its objectives is refused."
+    )
+    min_worth: float = Field(
+        default=0.0,
+        allow_inf_nan=False,
+        description="Requests in time that one must gain, less those that it costs others, not to be refused.",
+    )
+    lead_s: float = Field(
+        default=0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long before a worker becomes free a request is sent to it; those beyond wait at the gateway.",
+    )
+    patience_s: float = Field(
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long a request without a TTFT objective may be kept waiting for the sake of others.",
+    )
+    prefix_entries: int = Field(
+        default=1 << 20, ge=0, description="Most (block, worker) pairs that are remembered of the prefix caches."
+    )
+
+
+class ObjectivesConfig(BaseModel):
+    """What a request is to achieve; null: any time will do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ttft_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Longest time to the first token, in milliseconds."
+    )
+    tpot_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Longest mean time per token after it, in milliseconds."
+    )
+
+    def in_seconds(self) -> Objectives:
+        return Objectives(
+            None if self.ttft_ms is None else self.ttft_ms / 1e3, None if self.tpot_ms is None else self.tpot_ms / 1e3
+        )
 
 
 class GatewayConfig(BaseModel):
@@ -60,7 +122,29 @@ class GatewayConfig(BaseModel):
     expire_s: float = Field(
         default=60.0, gt=0, allow_inf_nan=False, description="A worker not heard of for this long is forgotten."
     )
+    outcome_window_s: float = Field(
+        default=60.0, gt=0, allow_inf_nan=False, description="How far back the attainment looks."
+    )
+    objectives: ObjectivesConfig = Field(
+        default=ObjectivesConfig(), description="Of requests that name none, and whose class says nothing."
+    )
+    classes: dict[str, ObjectivesConfig] = Field(
+        default={}, description="Objectives by the name that requests give as slo_class."
+    )
     router: RouterConfig = RouterConfig()
+
+    def objectives_of(self, own: Objectives, slo_class: str) -> Objectives:
+        """A request's own objectives, then its class's, then the default. Raises InvalidArgument for a class that
+        nobody knows, and for objectives that cannot be met."""
+        own.validate()
+        of_class = ObjectivesConfig()
+        if slo_class:
+            known = self.classes.get(slo_class)
+            if known is None:
+                names = ", ".join(sorted(self.classes)) or "none is configured"
+                raise InvalidArgument("slo_class", slo_class, f"one of the gateway's classes: {names}")
+            of_class = known
+        return own.over(of_class.in_seconds()).over(self.objectives.in_seconds())
 
     @model_validator(mode="after")
     def _times_in_order(self) -> Self:

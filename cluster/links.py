@@ -29,7 +29,7 @@ class DecodeLinks:
         self._closed = False
 
     @asynccontextmanager
-    async def submit(self, address: str, submit: Submit) -> AsyncIterator[AsyncIterator[Event]]:
+    async def submit(self, address: str, submit: Submit) -> AsyncIterator[Mailbox]:
         """Starts a request and yields its events, which end with Done or Failed. Leaving the context earlier cancels
         the request; neither entering nor leaving ever waits. Raises Unavailable after `close`.
 
@@ -56,15 +56,18 @@ class DecodeLinks:
         self._links.clear()
 
 
-class _Mailbox:
+class Mailbox:
     """Events of one request on their way to its reader.
 
     Bounded by the request itself: at most one event per token it may draw (n × max_tokens), and one for its end.
+    After `expire` the reader still gets what is here, then TimeoutError: one timer for a whole request, instead of one
+    around each of its waits.
     """
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
+        self._is_late = False
         self.has_ended = False
 
     def put(self, event: Event) -> None:
@@ -74,6 +77,10 @@ class _Mailbox:
         self._events.append(event)
         self._arrived.set()
 
+    def expire(self) -> None:
+        self._is_late = True
+        self._arrived.set()
+
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
 
@@ -81,6 +88,8 @@ class _Mailbox:
         while not self._events:
             if self.has_ended:
                 raise StopAsyncIteration
+            if self._is_late:
+                raise TimeoutError
             self._arrived.clear()
             await self._arrived.wait()
         return self._events.popleft()
@@ -96,14 +105,14 @@ class _Link:
     def __init__(self, transport: DecodeTransport, address: str) -> None:
         self._transport = transport
         self._address = address
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         self._outbox: deque[Command] = deque()
         self._has_mail = asyncio.Event()
         self.is_broken = False
         self._task = asyncio.create_task(self._run())
 
-    def start(self, submit: Submit) -> _Mailbox:
-        mailbox = self._mailboxes[submit.request_id] = _Mailbox()
+    def start(self, submit: Submit) -> Mailbox:
+        mailbox = self._mailboxes[submit.request_id] = Mailbox()
         self._post(submit)
         return mailbox
 

@@ -10,6 +10,7 @@ still send is refused.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,14 +68,18 @@ class KnownWorker:
 
 
 class Registry:
-    """The last report of every worker. A worker is fresh for `fresh_s` and known for `expire_s` after each."""
+    """The last report of every worker. A worker is fresh for `fresh_s` and known for `expire_s` after each.
+
+    A report costs the same however many workers there are: they are kept in order of their last report, so those that
+    are to be forgotten are the first.
+    """
 
     def __init__(self, fresh_s: float, expire_s: float, max_workers: int = MAX_WORKERS) -> None:
         assert 0 < fresh_s <= expire_s, f"a worker cannot be fresh ({fresh_s} s) for longer than known ({expire_s} s)"
         self._fresh_s = fresh_s
         self._expire_s = expire_s
         self._max_workers = max_workers
-        self._workers: dict[str, KnownWorker] = {}
+        self._workers: OrderedDict[str, KnownWorker] = OrderedDict()
 
     def heartbeat(self, report: WorkerReport, now: float) -> None:
         """Takes a report.
@@ -90,6 +95,7 @@ class Registry:
         elif len(self._workers) >= self._max_workers:
             raise Overloaded(f"{len(self._workers)} workers are registered already", self._expire_s)
         self._workers[report.worker_id] = KnownWorker(report, now)
+        self._workers.move_to_end(report.worker_id)
 
     def remove(self, worker_id: str) -> None:
         """Forgets a worker at once. Unknown ids are ignored."""
@@ -108,9 +114,11 @@ class Registry:
         return sorted(known, key=lambda worker: worker.report.worker_id)
 
     def _forget(self, now: float) -> None:
-        expired = [name for name, worker in self._workers.items() if now - worker.heard_s > self._expire_s]
-        for name in expired:
-            del self._workers[name]
+        while self._workers:
+            worker_id, worker = next(iter(self._workers.items()))
+            if now - worker.heard_s <= self._expire_s:
+                return
+            del self._workers[worker_id]
 
 
 def _check_fields(report: WorkerReport) -> None:
