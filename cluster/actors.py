@@ -43,6 +43,7 @@ class WorkerActor:
         self._rendezvous: Rendezvous | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._leave: asyncio.Event | None = None
         self._is_stopping = False
 
     def rendezvous(self) -> str:
@@ -62,11 +63,12 @@ class WorkerActor:
 
         # Not a method: Ray would take a class with coroutines for an asyncio actor and call `run` in its own loop.
         async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
+            self._leave = leave = asyncio.Event()
             self._task = asyncio.current_task()
-            # After the two above: either `stop` finds them, or its flag is found here.
+            self._loop = asyncio.get_running_loop()
+            # After the three above: either `stop` finds them, or its flag is found here.
             if not self._is_stopping:
-                await _run_worker(self._spec, self._config, self._incarnation, self._rendezvous)
+                await _run_worker(self._spec, self._config, self._incarnation, self._rendezvous, leave)
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -88,6 +90,13 @@ class WorkerActor:
         self._is_stopping = True
         if self._loop is not None and self._task is not None:
             self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def leave(self) -> None:
+        """Asks the worker to drain, at its leisure, and to end; does not wait."""
+        if self._loop is not None and self._leave is not None:
+            self._loop.call_soon_threadsafe(self._leave.set)
+        else:
+            self._is_stopping = True
 
 
 class RankActor:
@@ -126,8 +135,10 @@ def _crashed(error: BaseException) -> Crashed:
     return Crashed(f"{type(error).__name__}: {error}")
 
 
-async def _run_worker(spec: WorkerSpec, config: TandemConfig, incarnation: int, rendezvous: Rendezvous | None) -> None:
+async def _run_worker(
+    spec: WorkerSpec, config: TandemConfig, incarnation: int, rendezvous: Rendezvous | None, leave: asyncio.Event
+) -> None:
     # Imported here, as above.
     from cluster.worker_process import run_worker
 
-    await run_worker(spec, config, incarnation=incarnation, rendezvous=rendezvous)
+    await run_worker(spec, config, incarnation=incarnation, rendezvous=rendezvous, leave=leave)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from cluster.controller_config import ControllerConfig
 from cluster.host_port import is_host_port
+
+Degree = Annotated[int, Field(ge=1, le=64)]
 
 
 class ClusterConfig(BaseModel):
@@ -15,7 +18,22 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prefill: int = Field(1, ge=0, le=1024, description="Prefill workers. With 0, decode workers compute the prompts.")
-    decode: int = Field(1, ge=1, le=1024, description="Decode workers.")
+    colocated: int = Field(
+        0, ge=0, le=1024, description="Workers that compute the prompts of all that they decode, and no others."
+    )
+    decode: int = Field(1, ge=0, le=1024, description="Decode workers. 0 only where all workers are colocated.")
+    prefill_parallel: tuple[Degree, Degree] | None = Field(
+        None,
+        description="[tensor, pipeline] parallel degree of prefill workers; null: the engine's.",
+    )
+    decode_parallel: tuple[Degree, Degree] | None = Field(
+        None, description="The same of decode workers and colocated ones."
+    )
+    profile: str = Field(
+        "",
+        description="Device profile that predicts the workers' steps: a built-in name, or a file that `tandem profile` "
+        "wrote. Empty: the built-in one of the device at hand.",
+    )
     address: str = Field(
         "ray",
         description="ray: a local Ray, started for this service. HOST:PORT: an existing Ray cluster. "
@@ -51,6 +69,17 @@ class ClusterConfig(BaseModel):
         10, gt=0, allow_inf_nan=False, description="How long running requests may go on at shutdown."
     )
 
+    controller: ControllerConfig = ControllerConfig()
+
+    @field_validator("decode")
+    @classmethod
+    def _somebody_decodes(cls, value: int, others: ValidationInfo) -> int:
+        if value == 0 and others.data.get("colocated", 0) == 0:
+            raise ValueError("at least 1 where colocated is 0")
+        if value == 0 and others.data.get("prefill", 0) > 0:
+            raise ValueError("at least 1 where there are prefill workers: colocated ones compute their own prompts")
+        return value
+
     @field_validator("address")
     @classmethod
     def _known_address(cls, value: str) -> str:
@@ -63,6 +92,32 @@ class ClusterConfig(BaseModel):
         if self.pin_cpus and self.is_remote:
             raise ValueError(
                 "pin_cpus: got true, expected false on an existing Ray cluster: workers may share machines"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _within_the_controllers_limits(self) -> ClusterConfig:
+        controller = self.controller
+        if not controller.enabled:
+            return self
+        if self.prefill_parallel != self.decode_parallel:
+            raise ValueError(
+                "controller.enabled: got true, expected false where prefill_parallel and decode_parallel differ: a "
+                "worker that changes its role keeps its ranks"
+            )
+        for name, least in (("prefill", controller.min_prefill), ("decode", controller.min_decode)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"controller.min_{name}: got {least}, expected at most {name}, which is {getattr(self, name)}"
+                )
+        start = self.prefill + self.decode
+        if controller.min_workers is not None and controller.min_workers > start:
+            raise ValueError(
+                f"controller.min_workers: got {controller.min_workers}, expected at most prefill + decode, {start}"
+            )
+        if controller.max_workers is not None and controller.max_workers < start:
+            raise ValueError(
+                f"controller.max_workers: got {controller.max_workers}, expected at least prefill + decode, {start}"
             )
         return self
 

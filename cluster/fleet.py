@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from cluster.registry import Role
+
 # Takes one line about a worker: that it died, that it was started again.
 Log = Callable[[str], None]
+# What a worker process reads on its lifeline when it is to drain at its leisure, and to end by itself.
+LEAVE = b"leave\n"
 
 
 class Fleet(Protocol):
-    """open ─▶ start ─▶ check … ─▶ close. A worker that dies is started again, a bounded number of times."""
+    """open ─▶ start ─▶ check, add, remove … ─▶ close. A worker that dies is started again, so many times at most."""
 
     async def open(self) -> str:
         """Gets ready to start workers. Returns the host under which they reach this process. Raises ConfigError."""
@@ -21,7 +25,17 @@ class Fleet(Protocol):
         ...
 
     def check(self) -> None:
-        """Raises the TandemError of a worker that failed for good."""
+        """Raises the TandemError of a worker that failed for good, of those that were there from the start."""
+        ...
+
+    async def add(self, role: Role) -> str:
+        """Starts one more worker; returns its id before it serves. One that fails for good is logged, and is no more.
+        Raises ConfigError where there is no room."""
+        ...
+
+    async def remove(self, worker_id: str) -> None:
+        """Drains a worker and ends it; returns when it has ended, which takes as long as what runs there, up to
+        `controller.drain_limit_s`. Raises NotFound for a worker that is not here."""
         ...
 
     async def close(self) -> None:

@@ -2,6 +2,8 @@
 
     open   start or join Ray
     start  one placement group with a bundle per rank ─▶ one actor per bundle ─▶ `run`, watched
+    add    the bundles of one that was removed, else a placement group of its own ─▶ as above
+    remove leave ─▶ drained ─▶ kill
     died   Ray starts the actor again (at most `max_restarts` times); `run` is called anew, on all ranks of the worker
     close  stop ─▶ kill ─▶ give the bundles back ─▶ leave Ray, which ends a Ray of our own
 
@@ -17,6 +19,7 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -29,10 +32,12 @@ from cluster.actors import RankActor, WorkerActor
 from cluster.config import TandemConfig, to_json
 from cluster.environment import worker_variables
 from cluster.fleet import Log
-from cluster.worker_spec import WorkerSpec, worker_names
-from engine.errors import ConfigError, TandemError, Unavailable
+from cluster.ray_address import check_reachable
+from cluster.registry import Role
+from cluster.worker_config import ranks_of, worker_config
+from cluster.worker_spec import WorkerNames, WorkerSpec, worker_names
+from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
-CONNECT_TIMEOUT_S = 5.0
 # For a Ray of our own, which has its resources at once; a cluster may have to start machines first.
 PLACE_LOCAL_S = 20.0
 # Nothing but a few small messages goes through Ray, so its object store stays near the least that it accepts.
@@ -44,6 +49,29 @@ KILL_AFTER_S = 5.0
 Value = TypeVar("Value")
 
 
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """The bundles of one worker's ranks: `ranks` of them in `group` from `first` on."""
+
+    group: PlacementGroup
+    first: int
+    ranks: int
+    bundle: dict[str, float]
+
+
+@dataclass(slots=True, eq=False)
+class _Hand:
+    """One worker: its actors, the other ranks' as `followers`, and the task that keeps it running. `is_extra`: added
+    later, so that the service goes on without it."""
+
+    worker_id: str
+    seat: _Seat
+    leader: Any
+    followers: list[Any]
+    is_extra: bool = False
+    watcher: asyncio.Task[None] | None = None
+
+
 class RayFleet:
     """Implements cluster.fleet.Fleet."""
 
@@ -51,52 +79,92 @@ class RayFleet:
         self._config = config
         self._log = log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        self._group: PlacementGroup | None = None
-        self._actors: dict[str, Any] = {}
-        # The other ranks of each worker, where it has several.
-        self._followers: dict[str, list[Any]] = {}
-        self._watchers: list[asyncio.Task[None]] = []
+        self._groups: list[PlacementGroup] = []
+        self._hands: dict[str, _Hand] = {}
+        # Seats of workers that were removed.
+        self._free: list[_Seat] = []
+        self._names = WorkerNames(config.cluster)
+        self._gateway = ""
         self._failure: TandemError | None = None
 
     async def open(self) -> str:
         if self._config.cluster.is_remote:
-            await _check_reachable(self._config.cluster.address)
+            await check_reachable(self._config.cluster.address)
             await self._call(self._join)
             return str(await self._call(ray.util.get_node_ip_address))
         await self._call(self._start_local)
         return "127.0.0.1"
 
     async def start(self, gateway: str) -> None:
-        names, ranks = worker_names(self._config.cluster), self._config.engine.ranks
-        bundle = await self._call(self._bundle, len(names) * ranks)
-        self._group = await self._call(self._place, [bundle] * (len(names) * ranks))
-        for index, (role, worker_id) in enumerate(names):
-            spec = WorkerSpec(role, worker_id, gateway)
-            first = index * ranks
-            self._actors[worker_id] = await self._call(self._create, self._group, first, bundle, WorkerActor, spec)
-            self._followers[worker_id] = [
-                await self._call(self._create, self._group, first + rank, bundle, RankActor, rank)
-                for rank in range(1, ranks)
-            ]
-        for worker_id in self._actors:
-            self._watchers.append(asyncio.create_task(self._watch(worker_id), name=worker_id))
+        self._gateway = gateway
+        names = worker_names(self._config.cluster)
+        ranks = [ranks_of(self._config, role) for role, _ in names]
+        bundle = await self._call(self._bundle, sum(ranks))
+        group = await self._call(self._place, [bundle] * sum(ranks), ranks)
+        firsts = itertools.accumulate(ranks, initial=0)
+        for (role, worker_id), count, first in zip(names, ranks, firsts, strict=False):
+            await self._seat(role, worker_id, _Seat(group, first, count, bundle))
+        for hand in self._hands.values():
+            self._watch(hand)
 
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    async def close(self) -> None:
+    async def add(self, role: Role) -> str:
+        ranks = ranks_of(self._config, role)
+        seat = next((seat for seat in self._free if seat.ranks == ranks), None)
+        if seat is None:
+            there = sum(hand.seat.ranks for hand in self._hands.values())
+            bundle = await self._call(self._bundle, there + ranks)
+            seat = _Seat(await self._call(self._place, [bundle] * ranks, [ranks]), 0, ranks, bundle)
+        else:
+            self._free.remove(seat)
+        hand = await self._seat(role, self._names.next(role), seat, is_extra=True)
+        self._watch(hand)
+        return hand.worker_id
+
+    async def remove(self, worker_id: str) -> None:
+        hand = self._hands.pop(worker_id, None)
+        if hand is None or hand.watcher is None:
+            raise NotFound("worker", worker_id, ", ".join(self._hands))
         try:
-            for actor in self._actors.values():
-                await self._call(actor.stop.remote)
-            if self._watchers:
-                await asyncio.wait(self._watchers, timeout=self._config.cluster.stop_timeout_s + KILL_AFTER_S)
+            await self._call(hand.leader.leave.remote)
+            await asyncio.wait([hand.watcher], timeout=self._config.cluster.controller.drain_limit_s + KILL_AFTER_S)
         finally:
-            for watcher in self._watchers:
+            hand.watcher.cancel()
+            await asyncio.gather(hand.watcher, return_exceptions=True)
+            await self._call(self._kill, hand)
+        self._free.append(hand.seat)
+        self._log(f"worker {worker_id} has left")
+
+    async def close(self) -> None:
+        watchers = [hand.watcher for hand in self._hands.values() if hand.watcher is not None]
+        try:
+            for hand in self._hands.values():
+                await self._call(hand.leader.stop.remote)
+            if watchers:
+                await asyncio.wait(watchers, timeout=self._config.cluster.stop_timeout_s + KILL_AFTER_S)
+        finally:
+            for watcher in watchers:
                 watcher.cancel()
-            await asyncio.gather(*self._watchers, return_exceptions=True)
+            await asyncio.gather(*watchers, return_exceptions=True)
             await self._call(self._leave)
             self._thread.shutdown()
+
+    async def _seat(self, role: Role, worker_id: str, seat: _Seat, *, is_extra: bool = False) -> _Hand:
+        """Creates a worker's actors."""
+        config = to_json(worker_config(self._config, role))
+        spec = WorkerSpec(role, worker_id, self._gateway)
+        leader = await self._call(self._create, seat, 0, WorkerActor, spec, config)
+        followers = [
+            await self._call(self._create, seat, rank, RankActor, rank, config) for rank in range(1, seat.ranks)
+        ]
+        hand = self._hands[worker_id] = _Hand(worker_id, seat, leader, followers, is_extra)
+        return hand
+
+    def _watch(self, hand: _Hand) -> None:
+        hand.watcher = asyncio.create_task(self._keep_running(hand), name=hand.worker_id)
 
     async def _call(self, function: Callable[..., Value], *args: object) -> Value:
         """Calls Ray in its thread. A cancelled call is waited for: Ray cannot be interrupted half-way."""
@@ -111,12 +179,11 @@ class RayFleet:
 
     def _start_local(self) -> None:
         cluster = self._config.cluster
-        bundles = len(worker_names(cluster)) * self._config.engine.ranks
         try:
             ray.init(
                 address="local",
                 # Bundles are bookkeeping: two workers do share one core where there is only one.
-                num_cpus=max(1, math.ceil(bundles * cluster.cpus_per_worker)),
+                num_cpus=max(1, math.ceil(self._bundles_max() * cluster.cpus_per_worker)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -125,6 +192,14 @@ class RayFleet:
             )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"--address ray: cannot start a local Ray: {_first_line(error)}") from error
+
+    def _bundles_max(self) -> int:
+        """Of all the workers that there may ever be."""
+        cluster = self._config.cluster
+        start = [ranks_of(self._config, role) for role, _ in worker_names(cluster)]
+        most = cluster.controller.max_workers if cluster.controller.enabled else None
+        more = 0 if most is None else most - cluster.prefill - cluster.decode
+        return sum(start) + more * max(start)
 
     def _join(self) -> None:
         address = self._config.cluster.address
@@ -142,11 +217,11 @@ class RayFleet:
         bundle = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
         return {name: amount for name, amount in bundle.items() if amount > 0}
 
-    def _place(self, bundles: list[dict[str, float]]) -> PlacementGroup:
+    def _place(self, bundles: list[dict[str, float]], ranks: list[int]) -> PlacementGroup:
         cluster = self._config.cluster
         if not bundles[0]:
             raise ConfigError("cluster.cpus_per_worker: got 0, expected more than 0 where workers get no GPU")
-        what = "workers" if self._config.engine.ranks == 1 else "ranks of workers"
+        what = "workers" if max(ranks) == 1 else "ranks of workers"
         too_many = ConfigError(
             f"cluster: got {len(bundles)} {what} of {bundles[0]} each ({cluster.placement}), expected no more than "
             f"the Ray cluster can place: it has {_resources()}"
@@ -159,45 +234,47 @@ class RayFleet:
         if not group.wait(cluster.start_timeout_s if cluster.is_remote else PLACE_LOCAL_S):
             remove_placement_group(group)
             raise too_many
+        self._groups.append(group)
         return group
 
     def _create(
-        self,
-        group: PlacementGroup,
-        index: int,
-        bundle: dict[str, float],
-        actor: type[WorkerActor | RankActor],
-        who: WorkerSpec | int,
+        self, seat: _Seat, rank: int, actor: type[WorkerActor | RankActor], who: WorkerSpec | int, config: str
     ) -> Any:  # noqa: ANN401
+        place = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=seat.first + rank)
         return (
             ray.remote(actor)
             .options(
-                num_cpus=bundle.get("CPU", 0),
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                num_cpus=seat.bundle.get("CPU", 0),
+                num_gpus=seat.bundle.get("GPU", 0),
+                scheduling_strategy=place,
                 max_restarts=self._config.cluster.max_restarts,
                 max_concurrency=2,
                 runtime_env={"env_vars": worker_variables(self._config.engine.threads)},
             )
-            .remote(who, to_json(self._config), self._config.cluster.is_remote)
+            .remote(who, config, self._config.cluster.is_remote)
         )
+
+    def _kill(self, hand: _Hand) -> None:
+        for actor in (hand.leader, *hand.followers):
+            ray.kill(actor)
 
     def _leave(self) -> None:
         if not ray.is_initialized():
             return
-        for actor in [*self._actors.values(), *itertools.chain(*self._followers.values())]:
-            ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        for hand in self._hands.values():
+            self._kill(hand)
+        for group in self._groups:
+            remove_placement_group(group)
         ray.shutdown()
 
     # ── supervision ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _watch(self, worker_id: str) -> None:
+    async def _keep_running(self, hand: _Hand) -> None:
         """Keeps one worker running for as long as Ray brings its actor back."""
+        worker_id = hand.worker_id
         while True:
             try:
-                problem = await self._run_once(worker_id)
+                problem = await self._run_once(hand.leader, hand.followers)
             except ray.exceptions.RayTaskError as error:
                 self._log(f"worker {worker_id} crashed: {error.cause}")
             except ray.exceptions.ActorUnavailableError:
@@ -205,17 +282,22 @@ class RayFleet:
             except ray.exceptions.RayError as error:
                 # Also a first death is told in this way when Ray will not restart the actor.
                 self._log(f"worker {worker_id} died too often; giving it up")
-                self._failure = Unavailable(f"worker {worker_id} died: {_first_line(error)}")
+                self._fail(hand, Unavailable(f"worker {worker_id} died: {_first_line(error)}"))
                 return
             else:
                 if problem:
-                    self._failure = ConfigError(f"worker {worker_id}: {problem}")
+                    self._fail(hand, ConfigError(f"worker {worker_id}: {problem}"))
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
 
-    async def _run_once(self, worker_id: str) -> str:
+    def _fail(self, hand: _Hand, error: TandemError) -> None:
+        if hand.is_extra:
+            self._log(f"{error}; going on without it")
+        else:
+            self._failure = error
+
+    async def _run_once(self, leader: Any, followers: list[Any]) -> str:  # noqa: ANN401 - Ray has no types
         """What the worker's `run` returns or raises. Its other ranks run beside it: all of them, or none."""
-        leader, followers = self._actors[worker_id], self._followers[worker_id]
         others = set()
         if followers:
             for follower in followers:
@@ -261,19 +343,6 @@ def _resources() -> dict[str, float]:
     """CPUs and GPUs of the whole cluster, in use or not."""
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return {name: amount for name, amount in there.items() if name in ("CPU", "GPU")}
-
-
-async def _check_reachable(address: str) -> None:
-    """Ray itself retries for a minute and then ends the process."""
-    host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-    except TimeoutError:
-        raise ConfigError(f"--address {address}: nothing answers there within {CONNECT_TIMEOUT_S:g} s") from None
-    except OSError as error:
-        raise ConfigError(f"--address {address}: no Ray cluster there: {error.strerror or error}") from error
-    writer.close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
     spawn ─▶ running ─ exit 2 ─▶ failed for good (its last line on stderr says why)
       ▲         ├─ other exit ─▶ again, at most `max_restarts` times
       └─────────┘
+                └─ told to leave ─▶ drained ─▶ exit 0
 
 Each child holds the reading end of a pipe whose writing end only this process has. However this process ends, the pipe
 closes, and the child with it: nothing is left behind.
@@ -12,15 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.config import TandemConfig, to_json
 from cluster.environment import child_environment
-from cluster.fleet import Log
+from cluster.fleet import LEAVE, Log
 from cluster.registry import Role
-from cluster.worker_spec import worker_names
-from engine.errors import ConfigError, TandemError, Unavailable
+from cluster.worker_spec import WorkerNames, worker_names
+from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
 USAGE_EXIT_CODE = 2
 RESTART_PAUSE_S = 0.5
@@ -31,6 +34,18 @@ LINE_BYTES_MAX = 1 << 16
 ERROR_PREFIX = "tandem: error: "
 
 
+@dataclass(slots=True, eq=False)
+class _Child:
+    """One worker. `is_extra`: added later, so that the service goes on without it. `process` None: not running now."""
+
+    worker_id: str
+    command: list[str]
+    is_extra: bool = False
+    is_leaving: bool = False
+    process: asyncio.subprocess.Process | None = None
+    task: asyncio.Task[None] | None = None
+
+
 class ProcessFleet:
     """Implements cluster.fleet.Fleet."""
 
@@ -38,45 +53,83 @@ class ProcessFleet:
         self._config = config
         self._log = log
         self._folder = TemporaryDirectory(prefix="tandem-")
-        self._tasks: list[asyncio.Task[None]] = []
+        self._path = Path(self._folder.name) / "config.json"
+        self._children: dict[str, _Child] = {}
+        self._names = WorkerNames(config.cluster)
+        self._gateway = ""
         self._failure: TandemError | None = None
 
     async def open(self) -> str:
         return "127.0.0.1"
 
     async def start(self, gateway: str) -> None:
-        path = Path(self._folder.name) / "config.json"
-        path.write_text(to_json(self._config), encoding="utf-8")
+        self._gateway = gateway
+        self._path.write_text(to_json(self._config), encoding="utf-8")
         for role, worker_id in worker_names(self._config.cluster):
-            command = _command(role, worker_id, gateway, path)
-            self._tasks.append(asyncio.create_task(self._keep_running(worker_id, command), name=worker_id))
+            self._spawn(role, worker_id)
 
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
+    async def add(self, role: Role) -> str:
+        worker_id = self._names.next(role)
+        self._spawn(role, worker_id, is_extra=True)
+        return worker_id
+
+    async def remove(self, worker_id: str) -> None:
+        child = self._children.get(worker_id)
+        if child is None or child.task is None:
+            raise NotFound("worker", worker_id, ", ".join(self._children))
+        child.is_leaving = True
+        if child.process is None:
+            # Between two lives: there is nothing to drain.
+            child.task.cancel()
+        else:
+            await _tell(child.process, LEAVE)
+        cluster = self._config.cluster
+        await asyncio.wait([child.task], timeout=cluster.controller.drain_limit_s + KILL_AFTER_S)
+        child.task.cancel()
+        await asyncio.wait([child.task])
+
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks = [child.task for child in self._children.values() if child.task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._folder.cleanup()
 
-    async def _keep_running(self, worker_id: str, command: list[str]) -> None:
+    def _spawn(self, role: Role, worker_id: str, *, is_extra: bool = False) -> None:
+        child = _Child(worker_id, _command(role, worker_id, self._gateway, self._path), is_extra)
+        self._children[worker_id] = child
+        child.task = asyncio.create_task(self._keep_running(child), name=worker_id)
+        child.task.add_done_callback(lambda _: self._children.pop(worker_id, None))
+
+    async def _keep_running(self, child: _Child) -> None:
         for restarts_left in range(self._config.cluster.max_restarts, -1, -1):
-            code, last_line = await self._run_once(worker_id, command)
+            code, last_line = await self._run_once(child)
+            if child.is_leaving:
+                self._log(f"worker {child.worker_id} has left")
+                return
             if code == USAGE_EXIT_CODE:
-                self._failure = ConfigError(f"worker {worker_id}: {last_line}")
+                self._fail(child, ConfigError(f"worker {child.worker_id}: {last_line}"))
                 return
             what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             then = f"starting it again ({restarts_left} more)" if restarts_left else "giving it up"
-            self._log(f"worker {worker_id} {what}; {then}")
+            self._log(f"worker {child.worker_id} {what}; {then}")
             await asyncio.sleep(RESTART_PAUSE_S)
-        self._failure = Unavailable(f"worker {worker_id} died too often: {last_line}")
+        self._fail(child, Unavailable(f"worker {child.worker_id} died too often: {last_line}"))
 
-    async def _run_once(self, worker_id: str, command: list[str]) -> tuple[int, str]:
+    def _fail(self, child: _Child, error: TandemError) -> None:
+        if child.is_extra:
+            self._log(f"{error}; going on without it")
+        else:
+            self._failure = error
+
+    async def _run_once(self, child: _Child) -> tuple[int, str]:
         """Runs the worker to its end; returns its exit code and the last line it wrote to stderr."""
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *child.command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -85,10 +138,12 @@ class ProcessFleet:
             start_new_session=True,
             limit=LINE_BYTES_MAX,
         )
+        child.process = process
         try:
-            last_line = await self._relay(worker_id, process)
+            last_line = await self._relay(child.worker_id, process)
             return await process.wait(), last_line
         finally:
+            child.process = None
             await _end(process, self._config.cluster.stop_timeout_s + KILL_AFTER_S)
 
     async def _relay(self, worker_id: str, process: asyncio.subprocess.Process) -> str:
@@ -111,6 +166,14 @@ class ProcessFleet:
 def _command(role: Role, worker_id: str, gateway: str, config: Path) -> list[str]:
     worker = [sys.executable, "-P", "-m", "cluster.cli", "worker", role, "--id", worker_id, "--gateway", gateway]
     return [*worker, "--config", str(config), "--lifeline"]
+
+
+async def _tell(process: asyncio.subprocess.Process, line: bytes) -> None:
+    assert process.stdin is not None, "stdin is a pipe"
+    process.stdin.write(line)
+    # A process that is gone needs no telling.
+    with suppress(ConnectionError):
+        await process.stdin.drain()
 
 
 async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:

@@ -46,7 +46,7 @@ async def running_service(config: TandemConfig, progress: Progress) -> AsyncIter
             reached_at = await fleet.open()
         async with progress.step("gateway"):
             host = config.cluster.grpc_host or reached_at
-            running = await stack.enter_async_context(running_gateway(config, files, host))
+            running = await stack.enter_async_context(running_gateway(config, files, host, fleet))
             port = running.address.rpartition(":")[2]
         count = len(worker_names(config.cluster))
         async with progress.step(f"{count} worker{'s' if count > 1 else ''}, each loading the model"):

@@ -9,6 +9,9 @@ from cluster.cluster_config import ClusterConfig
 from cluster.registry import Role
 from engine.errors import ConfigError
 
+# Workers that take local routes only are told by their name.
+COLOCATED = "colocated-"
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
@@ -26,10 +29,27 @@ class WorkerSpec:
 
 
 def worker_names(config: ClusterConfig) -> list[tuple[Role, str]]:
-    """(role, id) of all workers of a cluster."""
+    """(role, id) of all workers that a cluster starts with. A worker keeps its id when its role changes."""
     prefill: list[tuple[Role, str]] = [("prefill", f"prefill-{index}") for index in range(config.prefill)]
     decode: list[tuple[Role, str]] = [("decode", f"decode-{index}") for index in range(config.decode)]
-    return prefill + decode
+    colocated: list[tuple[Role, str]] = [("decode", f"{COLOCATED}{index}") for index in range(config.colocated)]
+    return prefill + decode + colocated
+
+
+class WorkerNames:
+    """Names for workers that are added later. None is given twice, whatever became of who had it."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._counts: dict[Role, int] = {"prefill": config.prefill, "decode": config.decode}
+
+    def next(self, role: Role) -> str:
+        self._counts[role] += 1
+        return f"{role}-{self._counts[role] - 1}"
+
+
+def is_colocated(worker_id: str) -> bool:
+    """Whether a worker is one that takes local routes only."""
+    return worker_id.startswith(COLOCATED)
 
 
 def cpus_of(worker_id: str, config: ClusterConfig, available: Sequence[int]) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def test_mistakes_in_the_file(file, text, expected):
     ("flags", "expected"),
     [
         ({"prefill": -1}, "--prefill: got -1, expected: greater than or equal to 0"),
-        ({"decode": 0}, "--decode: got 0, expected: greater than or equal to 1"),
+        ({"decode": 0}, "--decode: got 0, expected: at least 1 where colocated is 0"),
         ({"grpc_port": 65536}, "--grpc-port: got 65536, expected: less than or equal to 65535"),
         ({"address": "ray:"}, "--address: got 'ray:', expected: ray, none, or HOST:PORT of an existing Ray cluster"),
     ],

@@ -1,0 +1,248 @@
+"""Which worker changes its role, and when there are too few or too many. Pure: values in, values out, `now` included.
+
+The load of a split is that of its bottleneck, as a part of what the pool bears within the objectives:
+
+    load(n_p, n_d) = max( prefill demand / bearable_prefill(n_p),  decode demand / bearable_decode(n_d) )
+
+One step is made towards the split of least load when that is clearly less (`min_gain`), when there is need (`busy`, or
+attainment below `target`), when several decisions in a row agree, and when the last action has come to rest. A step is
+never undone before the arrivals themselves have changed (`min_shift`): whatever the workers report meanwhile, constant
+demand gives finitely many actions and then none (docs/decisions/0012-controller.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cluster.controller_config import ControllerConfig
+from cluster.demand import LOCAL_COST, Demand, bearable_decode, bearable_prefill
+from cluster.registry import Role
+from engine.stats import LoopStats
+
+# A step in the same direction belongs to the march of the last one for so many times what a step takes.
+MARCH = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """`worker_id` is to become a worker of `role`."""
+
+    worker_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """`count` workers of `role` more, or fewer where it is negative."""
+
+    role: Role
+    count: int
+
+
+Action = Flip | Scale
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """A fresh worker. `is_changing`: it drains, or has been asked for another role and does not have it yet."""
+
+    worker_id: str
+    role: Role
+    stats: LoopStats
+    is_changing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attained:
+    """Shares of the recently answered requests that met TTFT, and TPOT; `total` of all that ended, rejected or not,
+    that met both."""
+
+    requests: int = 0
+    ttft: float = 1.0
+    tpot: float = 1.0
+    total: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """All that decisions rest on. `is_held`: nothing is to be done now: a worker that was asked for is not there yet,
+    one still leaves, or the last flip came to nothing."""
+
+    workers: tuple[WorkerState, ...]
+    demand: Demand
+    attained: Attained = Attained()
+    is_held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    """Demand as it is felt, waiting work and misses included, and who there is to meet it."""
+
+    demand: Demand
+    prefill: int
+    decode: int
+
+    @property
+    def count(self) -> int:
+        return self.prefill + self.decode
+
+
+class Controller:
+    """Remembers what it did, and what for. One per cluster. `workers`: how many the cluster starts with."""
+
+    def __init__(self, config: ControllerConfig, workers: int) -> None:
+        self._config = config
+        self._min_workers = workers if config.min_workers is None else config.min_workers
+        self._max_workers = workers if config.max_workers is None else config.max_workers
+        self._wish: tuple[str, Role] | None = None
+        self._agreed = 0
+        self._restless_s = -math.inf
+        # The last step of each kind: where it went, and the demand it was made for.
+        self._flipped: tuple[Role, float] | None = None
+        self._flipped_s = -math.inf
+        self._scaled: tuple[int, float] | None = None
+
+    def decide(self, state: ClusterState, now: float) -> list[Action]:
+        """At most one action. Call it every `interval_s`."""
+        if state.is_held or any(worker.is_changing for worker in state.workers):
+            self._restless_s = now
+            self._agree(None)
+            return []
+        pools = self._felt(state)
+        action = None
+        if state.demand.requests >= self._config.min_requests and pools.count:
+            action = self._flip(pools, state, now) or self._scale(pools, state)
+        kind = None if action is None else ("flip" if isinstance(action, Flip) else "scale", action.role)
+        self._agree(kind)
+        if action is None:
+            return []
+        # What was confirmed for the first step of a march holds for the next.
+        is_confirmed = isinstance(action, Flip) and self._is_marching(action.role, now)
+        if self._agreed < self._config.confirmations and not is_confirmed:
+            return []
+        if now - self._restless_s < self._config.cooldown_s:
+            return []
+        self._agree(None)
+        self._restless_s = now
+        if isinstance(action, Flip):
+            self._flipped, self._flipped_s = (action.role, state.demand.mix), now
+        else:
+            self._scaled = (action.count, _total(state.demand))
+        return [action]
+
+    def load(self, demand: Demand, prefill: int, decode: int) -> float:
+        """The bottleneck's, as a part of what it bears; 1.0 is just borne."""
+        if decode == 0:
+            return math.inf
+        if prefill == 0:
+            return (LOCAL_COST * demand.prefill + demand.decode) / bearable_decode(demand, decode)
+        of_prefill = demand.prefill / bearable_prefill(demand, prefill, self._config.target)
+        return max(of_prefill, demand.decode / bearable_decode(demand, decode))
+
+    def best_prefill(self, demand: Demand, count: int, now_prefill: int) -> int:
+        """How many of `count` workers should prefill; the nearest to `now_prefill` of equals."""
+        fewest = min(self._config.min_prefill, count)
+        most = max(fewest, count - self._config.min_decode)
+        return min(
+            range(fewest, most + 1),
+            key=lambda prefill: (self.load(demand, prefill, count - prefill), abs(prefill - now_prefill), prefill),
+        )
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _agree(self, kind: tuple[str, Role] | None) -> None:
+        self._agreed = self._agreed + 1 if kind is not None and kind == self._wish else int(kind is not None)
+        self._wish = kind
+
+    def _felt(self, state: ClusterState) -> _Pools:
+        workers = [worker for worker in state.workers if not worker.stats.local_only]
+        decodes = [worker.stats for worker in workers if worker.role == "decode"]
+        demand, attained = state.demand, state.attained
+        window_s = self._config.window_s
+        queued_s = sum(worker.stats.queued_s for worker in workers)
+        waiting = sum(stats.waiting for stats in decodes)
+        # Blocks in use are workers' worth of memory, as rows are of time.
+        used = sum(1.0 - stats.blocks_free / stats.blocks_total for stats in decodes)
+        rows = sum(stats.running for stats in decodes) / demand.rows
+        prefill = demand.prefill + queued_s / window_s
+        decode = max(demand.decode + waiting * demand.answer_s / window_s, used, rows)
+        if attained.requests >= self._config.min_requests:
+            prefill *= 1.0 + max(0.0, self._config.target - attained.ttft)
+            decode *= 1.0 + max(0.0, self._config.target - attained.tpot)
+        felt = replace(demand, prefill=prefill, decode=decode)
+        return _Pools(felt, len(workers) - len(decodes), len(decodes))
+
+    def _flip(self, pools: _Pools, state: ClusterState, now: float) -> Flip | None:
+        """One step towards the best split of the workers there are."""
+        demand, config = pools.demand, self._config
+        present = self.load(demand, pools.prefill, pools.decode)
+        has_missed = state.attained.requests >= config.min_requests and state.attained.total < config.target
+        if present < config.busy and not has_missed:
+            return None
+        best = self.best_prefill(demand, pools.count, pools.prefill)
+        if best == pools.prefill:
+            return None
+        role: Role = "prefill" if best > pools.prefill else "decode"
+        # A march that is under way goes to its end; only its beginning needs a clear gain.
+        least_gain = config.min_gain / 4 if self._is_marching(role, now) else config.min_gain
+        gain = 1.0 - self.load(demand, best, pools.count - best) / present
+        if gain < least_gain or not self._may_flip(role, state.demand):
+            return None
+        worker_id = least_busy(state.workers, "decode" if role == "prefill" else "prefill")
+        return None if worker_id is None else Flip(worker_id, role)
+
+    def _is_marching(self, role: Role, now: float) -> bool:
+        """Whether a flip to `role` now belongs to the march of the last one."""
+        config = self._config
+        step_s = config.cooldown_s + config.confirmations * config.interval_s + config.window_s
+        return self._flipped is not None and self._flipped[0] == role and now - self._flipped_s <= MARCH * step_s
+
+    def _may_flip(self, role: Role, demand: Demand) -> bool:
+        """Not back, unless the arrivals have turned since."""
+        if self._flipped is None or self._flipped[0] == role:
+            return True
+        turned = demand.mix - self._flipped[1]
+        return (turned if role == "prefill" else -turned) >= math.log1p(self._config.min_shift)
+
+    def _scale(self, pools: _Pools, state: ClusterState) -> Scale | None:
+        """One worker more or fewer; only asked when no flip is worth it."""
+        demand, count = pools.demand, pools.count
+        if count < self._max_workers and self._best_load(pools, count) >= self._config.grow_above:
+            role: Role = "prefill" if self.best_prefill(demand, count + 1, pools.prefill) > pools.prefill else "decode"
+            return Scale(role, 1) if self._may_scale(1, state.demand) else None
+        fewest = max(self._min_workers, self._config.min_prefill + self._config.min_decode)
+        if count > fewest and self._best_load(pools, count - 1) <= self._config.shrink_below:
+            role = "prefill" if self.best_prefill(demand, count - 1, pools.prefill) < pools.prefill else "decode"
+            spare = (pools.prefill - self._config.min_prefill, pools.decode - self._config.min_decode)
+            has_spare = spare[role == "decode"] > 0
+            return Scale(role, -1) if has_spare and self._may_scale(-1, state.demand) else None
+        return None
+
+    def _best_load(self, pools: _Pools, count: int) -> float:
+        best = self.best_prefill(pools.demand, count, pools.prefill)
+        return self.load(pools.demand, best, count - best)
+
+    def _may_scale(self, count: int, demand: Demand) -> bool:
+        if self._scaled is None or self._scaled[0] == count:
+            return True
+        grown = math.log(_total(demand) / self._scaled[1])
+        return (grown if count > 0 else -grown) >= math.log1p(self._config.min_shift)
+
+
+def least_busy(workers: Sequence[WorkerState], role: Role) -> str | None:
+    """Whom of `role` it costs the least to drain: the fewest requests, then the least KV, then by name."""
+    able = [worker for worker in workers if worker.role == role and not worker.stats.local_only]
+    if not able:
+        return None
+
+    def burden(worker: WorkerState) -> tuple[int, int, str]:
+        stats = worker.stats
+        return stats.running + stats.waiting, stats.blocks_total - stats.blocks_free, worker.worker_id
+
+    return min(able, key=burden).worker_id
+
+
+def _total(demand: Demand) -> float:
+    return demand.prefill + demand.decode + 1e-9
