@@ -8,17 +8,21 @@ no timer and no task will bring is told so at once (`Deadlock`) instead of hangi
 from __future__ import annotations
 
 import asyncio
-import math
 import selectors
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor
 from contextvars import Context
+from heapq import heapify, heappop, heappush
 from types import CoroutineType
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
+
+# Cancelled timers are left where they are as long as there are no more of them, or not more than of live ones.
+MIN_CANCELLED = 100
 
 
 class Deadlock(RuntimeError):
@@ -35,47 +39,90 @@ class _NumberedTask(asyncio.Task[Any]):
         return self._number
 
 
-class _JumpingSelector(selectors.SelectSelector):
-    """Stands where the loop would wait for I/O, and moves the loop's time instead."""
+class _NoSelector(selectors.SelectSelector):
+    """Stands where the loop would wait for I/O, of which there is none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop: VirtualLoop | None = None
+        self.is_closed_to_all = False
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:  # noqa: ANN401
         # The loop's own wake-up pipe is registered while the loop is being made; nothing else may come.
-        if self.loop is not None:
+        if self.is_closed_to_all:
             raise RuntimeError("no real I/O in virtual time: a socket or pipe was registered with the virtual loop")
         return super().register(fileobj, events, data)
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert self.loop is not None, "the loop was started before its selector was bound to it"
-        if timeout is None:
-            raise Deadlock(_describe(self.loop))
-        if timeout > 0:
-            self.loop.jump()
-        return []
-
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """`time()` starts at `start` seconds and moves only when every task waits."""
+    """`time()` starts at `start` seconds and moves only when every task waits. `events` counts the callbacks run."""
+
+    # asyncio's own: handles, whose insides have no published types.
+    _ready: deque[Any]
+    _stopping: bool
 
     def __init__(self, start: float = 0.0) -> None:
-        selector = _JumpingSelector()
+        selector = _NoSelector()
         super().__init__(selector)
-        selector.loop = self
+        selector.is_closed_to_all = True
+        self.events = 0
+        self._now = start
+        # (when, number, timer): numbers keep timers of one moment in the order in which they were set, and pairs of
+        # numbers compare at C's speed, however many timers there are.
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timer_count = 0
+        self._cancelled_count = 0
         self._task_count = 0
         self._thread = threading.get_ident()
         self.set_task_factory(_numbered)
-        self._set_time(start)
 
     def time(self) -> float:
         return self._now
 
-    def jump(self) -> None:
-        """Moves time to the earliest timer."""
-        # The timer's own value, not now + timeout: a sum that rounds down would leave the timer just out of reach.
-        self._set_time(max(self._now, self._scheduled[0].when()))  # type: ignore[attr-defined]
+    def call_at(
+        self, when: float, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """See asyncio. Timers that are due at one moment fire in the order of these calls."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        timer._scheduled = True  # type: ignore[attr-defined]
+        self._timer_count += 1
+        heappush(self._timers, (when, self._timer_count, timer))
+        return timer
+
+    def close(self) -> None:
+        super().close()
+        self._timers.clear()
+
+    def _timer_handle_cancelled(self, timer: asyncio.TimerHandle) -> None:
+        """asyncio's hook, just before a timer is cancelled: it stays until it surfaces, or they are too many."""
+        if not timer._scheduled:  # type: ignore[attr-defined]
+            return
+        self._cancelled_count += 1
+        if self._cancelled_count > MIN_CANCELLED and 2 * self._cancelled_count > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2] is not timer and not entry[2].cancelled()]
+            heapify(self._timers)
+            self._cancelled_count = 0
+
+    def _run_once(self) -> None:
+        """One round: what is ready now, and the timers that are due. In place of asyncio's, which asks for I/O each
+        time, and logs what a callback raises: that is a bug here, and ends the run."""
+        timers, ready = self._timers, self._ready
+        while timers and timers[0][2].cancelled():
+            heappop(timers)[2]._scheduled = False  # type: ignore[attr-defined]
+            self._cancelled_count -= 1
+        if not ready and not self._stopping:
+            if not timers:
+                raise Deadlock(_describe(self))
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            timer = heappop(timers)[2]
+            timer._scheduled = False  # type: ignore[attr-defined]
+            self._cancelled_count -= timer.cancelled()
+            ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                self.events += 1
+                handle._context.run(handle._callback, *handle._args)
 
     def next_task_number(self) -> int:
         self._task_count += 1
@@ -91,12 +138,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(self, executor: Executor | None, func: Callable[..., object], *args: object) -> NoReturn:
         raise RuntimeError(f"no threads in virtual time: run_in_executor was asked to run {func!r}")
-
-    def _set_time(self, now: float) -> None:
-        self._now = now
-        # asyncio fires every timer below now + resolution: with one unit in the last place that is exactly "due now",
-        # however large the time.
-        self._clock_resolution = math.ulp(now)
 
 
 def run(coro: Coroutine[Any, Any, _T], *, start: float = 0.0) -> _T:

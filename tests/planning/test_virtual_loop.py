@@ -102,6 +102,45 @@ def test_errors_come_out_as_they_are():
         virtual_loop.run(main())
 
 
+def test_what_a_callback_raises_ends_the_run():
+    def fail():
+        raise KeyError("mine")
+
+    async def main():
+        asyncio.get_running_loop().call_later(1, fail)
+        await asyncio.sleep(5)
+
+    with pytest.raises(KeyError, match="mine"):
+        virtual_loop.run(main())
+
+
+def test_callbacks_are_counted_and_cancelled_timers_are_not():
+    async def main():
+        loop = asyncio.get_running_loop()
+        before = loop.events
+        for delay_s in range(1, 4):
+            loop.call_later(delay_s, lambda: None)
+        for _ in range(1000):
+            loop.call_later(2, lambda: None).cancel()
+        await asyncio.sleep(10)
+        # Three timers, the sleep's own, and this task going on.
+        return loop.events - before, len(loop._timers)
+
+    assert virtual_loop.run(main()) == (5, 0)
+
+
+def test_timers_of_one_moment_fire_in_the_order_in_which_they_were_set():
+    async def main():
+        loop = asyncio.get_running_loop()
+        order = []
+        for number in range(100):
+            loop.call_at(1.0, order.append, number)
+        await asyncio.sleep(2)
+        return order
+
+    assert virtual_loop.run(main()) == list(range(100))
+
+
 def test_sockets_are_refused():
     async def main():
         asyncio.get_running_loop().add_reader(ours, print)
