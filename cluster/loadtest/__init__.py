@@ -1,0 +1,1 @@
+"""The load generator behind `tandem bench`: open-loop load, its targets, and what was measured."""
