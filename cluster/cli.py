@@ -1,4 +1,4 @@
-"""The command line: `tandem serve | generate | status | worker | demo | fetch`.
+"""The command line: `tandem serve | generate | status | bench | plan | emulate | profile | worker | demo | fetch`.
 
 Exit codes: 0 done; 2 a usage error or anything of the TandemError tree, with one line on stderr; 130 after Ctrl-C.
 What a command needs is imported inside it: torch, grpc and Ray take seconds, and `tandem --help` must not.
@@ -19,6 +19,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from cluster.cli_bench import bench_command
+from cluster.cli_planning import emulate_command, plan_command
 from cluster.environment import quiet_libraries, read_environment
 from cluster.host_port import require_host_port
 from cluster.running import Stopped, run
@@ -78,6 +80,12 @@ def serve(
     model: ModelOption = None,
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
+    colocated: Annotated[
+        int | None, typer.Option("--colocated", metavar="N", help="Number of workers that do both.")
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option("--router", metavar="NAME", help="goodput, round_robin, random, least_loaded, …")
+    ] = None,
     address: AddressOption = None,
     grpc_port: Annotated[
         int | None, typer.Option("--grpc-port", metavar="P", help="The gateway's port; 0: any free one.")
@@ -86,8 +94,8 @@ def serve(
     """Starts a service: gateway, prefill and decode workers. Runs until Ctrl-C or SIGTERM."""
     from cluster.config import load
 
-    flags = {"--model": model, "--prefill": prefill, "--decode": decode, "--address": address, "--grpc-port": grpc_port}
-    loaded = load(config, flags)
+    flags = {"--model": model, "--prefill": prefill, "--decode": decode, "--colocated": colocated, "--router": router}
+    loaded = load(config, {**flags, "--address": address, "--grpc-port": grpc_port})
 
     from cluster.command_serve import serve as keep_serving
 
@@ -201,6 +209,30 @@ def fetch(model: ModelOption = None) -> None:
     from engine.model_source import resolve
 
     print(resolve(load(None, {"--model": model}).engine.model, _say).path)
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option("--out", metavar="F.json", help="The file that --profile takes afterwards.")],
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="What to measure.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of a worker on a CPU.")] = None,
+    cpus: Annotated[str | None, typer.Option("--cpus", metavar="0,2-3", help="CPUs that they are bound to.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: half a minute instead of three.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Decides the order of the steps.")] = 0,
+) -> None:
+    """Measures the steps of the engine on this device, and writes what predicts them."""
+    from cluster.command_profile import profile as measure
+    from cluster.config import load
+
+    loaded = load(config, {"--model": model})
+    run(measure(loaded, out, device=device, threads=threads, cpus=cpus, is_quick=quick, seed=seed))
+
+
+app.command("emulate")(emulate_command())
+app.command("plan")(plan_command())
+app.command("bench")(bench_command())
 
 
 def main() -> None:

@@ -25,8 +25,10 @@ async def status(url: str, *, as_json: bool) -> None:
     console.print(status_table(response))
     console.print(
         f"{response.requests_running} running, {response.requests_waiting} waiting, "
-        f"{response.requests_finished} finished"
+        f"{response.requests_finished} finished, {response.requests_rejected} rejected"
     )
+    if response.attainment_window:
+        console.print(_attainment(response))
 
 
 def status_table(response: GetStatusResponse) -> Table:
@@ -39,7 +41,7 @@ def status_table(response: GetStatusResponse) -> Table:
     )
     table.add_column("worker")
     table.add_column("address", no_wrap=True)
-    for heading in ("run", "wait", "queued", "blocks used", "steps", "seen"):
+    for heading in ("run", "wait", "queued", "blocks used", "steps", "error", "seen"):
         table.add_column(heading, justify="right")
     for worker in response.workers:
         table.add_row(*_row(worker), style="" if worker.fresh else "red")
@@ -56,5 +58,20 @@ def _row(worker: WorkerStatus) -> tuple[str, ...]:
         str(worker.queued_tokens),
         f"{used}/{worker.blocks_total}",
         str(worker.steps),
+        _cost_error(worker),
         f"{worker.heartbeat_age_s:.1f} s",
+    )
+
+
+def _cost_error(worker: WorkerStatus) -> str:
+    """How far the worker's cost model was from its last steps: median / 90th percentile, in percent."""
+    if not worker.cost_error_p90:
+        return "-"
+    return f"{worker.cost_error_median * 100:.0f}/{worker.cost_error_p90 * 100:.0f} %"
+
+
+def _attainment(response: GetStatusResponse) -> str:
+    return (
+        f"objectives met by {response.attainment:.1%} of the last {response.attainment_window} requests "
+        f"(TTFT {response.attainment_ttft:.1%}, TPOT {response.attainment_tpot:.1%}), router {response.router}"
     )

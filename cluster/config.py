@@ -32,6 +32,8 @@ FLAGS = {
     "--model": "engine.model",
     "--prefill": "cluster.prefill",
     "--decode": "cluster.decode",
+    "--colocated": "cluster.colocated",
+    "--router": "gateway.router.policy",
     "--address": "cluster.address",
     "--grpc-port": "cluster.grpc_port",
 }
@@ -110,12 +112,14 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], keys: Sequence[str], value: object, where: str) -> None:
-    section = values.get(keys[0])
-    if section is None:
-        section = values[keys[0]] = {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"{where}: {keys[0]}: got {section!r}, expected a mapping")
-    section[keys[1]] = value
+    section = values
+    for depth, key in enumerate(keys[:-1], 1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ConfigError(f"{where}: {'.'.join(keys[:depth])}: got {section!r}, expected a mapping")
+    section[keys[-1]] = value
 
 
 def _describe(problem: ErrorDetails, text: str, where: str, flags: Mapping[str, object]) -> str:

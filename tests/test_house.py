@@ -45,11 +45,24 @@ PURE_FILES = (
     "decode_worker/flight.py",
     "decode_worker/rows.py",
     "kvtransfer/receive.py",
-    "cluster/router.py",
-    "cluster/registry.py",
+    "decode_worker/selection.py",
+    "decode_worker/local_prompts.py",
+    "engine/urgency.py",
+    "cluster/controller.py",
+    "cluster/demand.py",
     "cluster/ledger.py",
+    "cluster/outcomes.py",
+    "cluster/prefix_index.py",
+    "cluster/registry.py",
+    "cluster/planning/cost_model.py",
+    "cluster/planning/refit.py",
+    "cluster/planning/queueing.py",
+    "cluster/planning/placement.py",
+    "cluster/planning/planner.py",
+    *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}
+COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench"
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
@@ -154,7 +167,7 @@ def test_pages_name_commands_that_exist(page: Path) -> None:
             assert set(words.split()) <= targets, line
         for module in re.findall(r"python -m (bench\.\w+)", line):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), line
-        for command, rest in re.findall(r"tandem (serve|generate|status|worker|demo)\b([^|#]*)", line):
+        for command, rest in re.findall(rf"tandem ({COMMANDS})\b([^|#]*)", line):
             role = rest.split()[0] if command == "worker" else ""
             unknown = set(re.findall(r"(--[\w-]+)", rest)) - options_of(f"{command} {role}".strip())
             assert not unknown, f"{line}: {command} has no {unknown}"
