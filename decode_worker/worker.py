@@ -190,7 +190,7 @@ class DecodeWorker:
             self._close_pull(self._live[request.key])
         if not demoted:
             if not self._live:
-                self._pool.check()
+                self._pool.check_at_times(asyncio.get_running_loop().time())
             await self._inbox.wait()
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -104,9 +104,10 @@ class PrefillWorker:
         """The loop. Runs until cancelled; a step under way is awaited first."""
         while True:
             self._inbox.drain(self._handle)
-            batch = self._scheduler.schedule(asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            batch = self._scheduler.schedule(now)
             if batch is None:
-                self._pool.check()
+                self._pool.check_at_times(now)
                 await self._inbox.wait()
                 continue
             await self._step(batch)

@@ -303,3 +303,12 @@ def test_without_a_prefix_cache_nothing_is_remembered():
     fill(pool, "a", ids(4))
     pool.free("a")
     assert (pool.lookup(ids(4)), pool.cached_count, pool.available_count) == (0, 0, 4)
+
+
+def test_an_idle_owner_checks_a_large_pool_seldom_and_still_finds_what_is_wrong():
+    pool = BlockPool(1000, 4)
+    pool.check_at_times(0.0)
+    pool._refs[7] = 1
+    pool.check_at_times(1.9)
+    with pytest.raises(AssertionError, match="7"):
+        pool.check_at_times(2.0)
