@@ -73,6 +73,12 @@ class _GrowingChoice:
         self._matched_token_id: int | None = None
 
     def add(self, delta: Delta) -> Chunk:
+        if self._detokenizer is None:
+            # Without text nothing but the worker ends a choice.
+            self.tokens.extend(delta.tokens)
+            if delta.finish_reason is not None:
+                self._end(delta.finish_reason, delta.matched_token_id)
+            return Chunk(self._index, "", delta.tokens)
         seen = len(self.tokens)
         pieces: list[str] = []
         for position, token in enumerate(delta.tokens):

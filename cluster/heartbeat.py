@@ -66,8 +66,9 @@ async def _send_once(
 
 
 async def _sleep_unless(changed: asyncio.Event, seconds: float) -> None:
+    # Either way the next report follows, so that the timer may as well say that something has changed.
+    timer = asyncio.get_running_loop().call_later(seconds, changed.set)
     try:
-        async with asyncio.timeout(seconds):
-            await changed.wait()
-    except TimeoutError:
-        return
+        await changed.wait()
+    finally:
+        timer.cancel()

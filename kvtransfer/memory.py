@@ -147,6 +147,7 @@ class MemoryStream(Generic[Item]):
         self._broken: BaseException | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._keepalive: asyncio.TimerHandle | None = None
+        self._arrival: asyncio.TimerHandle | None = None
         if deadline_s is not None:
             error = DeadlineExceeded(f"the call to {address}")
             self._deadline = self._loop.call_later(deadline_s, self.break_off, error)
@@ -162,15 +163,11 @@ class MemoryStream(Generic[Item]):
         while True:
             if self._broken is not None:
                 raise self._broken
-            due_s = self._flight[0].due_s if self._flight and not self._network.is_cut(self._address) else None
-            if due_s is not None and due_s <= self._loop.time():
+            is_here = self._flight and self._flight[0].due_s <= self._loop.time()
+            if is_here and not self._network.is_cut(self._address):
                 return self._arrive()
             self._changed.clear()
-            try:
-                async with asyncio.timeout_at(due_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            await self._changed.wait()
 
     def break_off(self, error: Exception) -> None:
         """Ends the stream at both ends now: what is in flight is lost."""
@@ -195,6 +192,8 @@ class MemoryStream(Generic[Item]):
         for timer in (self._deadline, self._keepalive):
             if timer is not None:
                 timer.cancel()
+        if self._arrival is not None:
+            self._arrival.cancel()
         self._stop_pump()
         self._network.remove(self)
         await asyncio.wait([self._pump_task])
@@ -207,6 +206,8 @@ class MemoryStream(Generic[Item]):
             raise head.error or StopAsyncIteration
         self._flight.popleft()
         self._room.release()
+        if self._flight:
+            self._announce()
         return cast(Item, head.item)
 
     async def _pump(self) -> None:
@@ -245,7 +246,16 @@ class MemoryStream(Generic[Item]):
 
     def _put(self, in_flight: _InFlight[Item]) -> None:
         self._flight.append(in_flight)
-        self._changed.set()
+        if len(self._flight) == 1:
+            self._announce()
+
+    def _announce(self) -> None:
+        """Wakes the reader when the first item in flight arrives, and not before."""
+        due_s = self._flight[0].due_s
+        if due_s <= self._loop.time():
+            self._changed.set()
+        else:
+            self._arrival = self._loop.call_at(due_s, self._changed.set)
 
 
 class MemoryPrefillTransport:
