@@ -33,6 +33,7 @@ GRPC_FILE = re.compile(
 )
 # Plain Python on plain values: a decider never sees a tensor, a socket or a clock.
 PURE_FILES = (
+    "engine/block_audit.py",
     "engine/block_pool.py",
     "engine/chunking.py",
     "engine/prefix_hash.py",
