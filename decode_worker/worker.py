@@ -143,13 +143,12 @@ class DecodeWorker:
 
     async def _turn(self) -> None:
         """Schedules a step and, when the runner has all that it may have, waits for the oldest."""
-        loop = asyncio.get_running_loop()
         if not self._pipeline.is_empty:
             is_running = await self._inbox.serve_while(self._pipeline.almost_over(), self._handle)
             if not is_running:
                 await self._land()
                 return
-        batch = self._scheduler.schedule(loop.time())
+        batch = self._scheduler.schedule(asyncio.get_running_loop().time())
         self._open_pulls()
         self._grant()
         if batch is not None:
@@ -179,9 +178,10 @@ class DecodeWorker:
             self._open_pulls()
             self._grant()
 
-    def _cut_short(self) -> None:
-        """Before anything that changes the next batch: a run of several steps ends with the one that runs now."""
-        self._pipeline.cut_short()
+    def _settle(self) -> None:
+        """Before anything that takes blocks: a run of several steps ends, and takes those that it has used by then."""
+        if (run := self._pipeline.cut_short()) is not None:
+            self._scheduler.settle(*run)
 
     async def _rest(self) -> None:
         """Nothing can be computed: makes room for somebody, or waits for mail."""
@@ -246,7 +246,7 @@ class DecodeWorker:
                 raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
             if not submit.token_ids:
                 raise InvalidArgument("prompt", "no tokens", "at least one token")
-            self._cut_short()
+            self._settle()
             self._scheduler.submit(request, now)
         except TandemError as error:
             session.push(self._pipeline.steps, [Failed(submit.request_id, error)])
@@ -256,14 +256,15 @@ class DecodeWorker:
             live.timer = loop.call_at(deadline, self._inbox.put, Expire(key))
         self._live[key] = live
         session.requests[submit.request_id] = request
+        # Not after the step under way: a prompt that waits for it would have its first token that much later.
+        self._open_pulls()
 
     def _handle_pull(self, live: Live, message: Began | First | Arrived) -> None:
         now = asyncio.get_running_loop().time()
         request = live.request
         match message:
             case Began(begin=begin):
-                if (run := self._pipeline.cut_short()) is not None:
-                    self._scheduler.settle(*run)
+                self._settle()
                 self._scheduler.began(request, begin.first_token, begin.cached_tokens)
                 self._grant()
             case First(frame=frame):
@@ -271,7 +272,7 @@ class DecodeWorker:
                 request.times.remote_prefill_s = frame.prefill_s
                 self._emit(self._scheduler.first_tokens(request, frame.sampled, now))
             case Arrived(end=end):
-                self._cut_short()
+                self._pipeline.cut_short()
                 request.kv_bytes = end.kv_bytes
                 request.kv_bytes_before_first_token = end.kv_bytes_before_first_token
                 self._scheduler.arrived(request, now)
@@ -305,7 +306,7 @@ class DecodeWorker:
         if not pull.task.cancelled():
             pull.task.result()  # a bug in the task is a bug in the worker: crash here, not silently there
         if request.is_dropped:
-            self._cut_short()
+            self._pipeline.cut_short()
             self._scheduler.give_back(request)
             return
         live = self._live[request.key]
@@ -336,7 +337,7 @@ class DecodeWorker:
 
     def _drop(self, live: Live) -> None:
         """Ends a request: finished, cancelled, expired or failed. Its blocks follow once nobody writes to them."""
-        self._cut_short()
+        self._pipeline.cut_short()
         request = live.request
         del self._live[request.key]
         del live.session.requests[request.submit.request_id]
