@@ -205,6 +205,6 @@ def check(bench: Bench, world: World, now: float) -> None:
         assert sum(decode.tpot_rows.values()) == len(own)
         rows = len(own)
         if name in usable and name.startswith("d"):
-            tokens = round(decode.token_count + 0.5 * view.answer_tokens * rows)
-            assert view.decode_order.load(name) == (COST.decode_s(rows, tokens) if rows else 0.0)
+            tokens = decode.token_count + 0.5 * view.answer_tokens * rows
+            assert view.decode_order.load(name) == pytest.approx(COST.decode_s(rows, tokens) if rows else 0.0)
     assert view.answer_tokens == ANSWER

@@ -7,7 +7,8 @@ from tests.sim.world import simulate
 
 @pytest.mark.parametrize("seed", range(200))
 def test_seed(seed: int):
-    simulate(seed, requests=35, schedule_ahead=seed % 2 == 0)
+    # Single steps, several at once, one scheduled ahead.
+    simulate(seed, requests=35, schedule_ahead=seed % 3 == 2, max_steps=32 if seed % 3 == 1 else 1)
 
 
 def test_five_hundred_requests():

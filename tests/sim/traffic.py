@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.messages import Choice, Chunk, Complete, GenerateRequest
 from engine.emulated_runner import EmulatedRunner
-from engine.errors import DeadlineExceeded, TandemError
+from engine.errors import DeadlineExceeded, Overloaded, TandemError
 from engine.request import FinishReason
 from engine.sampling import SamplingParams
 
@@ -70,8 +70,9 @@ def _draw_request(rng: random.Random, name: str, beginning: list[int]) -> Genera
     return GenerateRequest(name, prompt, params, salt=salt, deadline_s=deadline_s)
 
 
-def check_client(client: Client, oracle: EmulatedRunner, late_s: float) -> None:
-    """Every choice is a prefix of the one right answer, and all of it unless the client or its deadline cut it."""
+def check_client(client: Client, oracle: EmulatedRunner, late_s: float, *, may_refuse: bool = False) -> None:
+    """Every choice is a prefix of the one right answer, and all of it unless the client or its deadline cut it. With
+    `may_refuse` the gateway may have refused it, before its first token."""
     name = client.request.request_id
     params = client.request.params
     assert client.ended_s is not None, f"{name} never ended"
@@ -85,6 +86,9 @@ def check_client(client: Client, oracle: EmulatedRunner, late_s: float) -> None:
         )
     if client.complete is not None:
         _check_complete(client, client.complete, expected)
+        return
+    if may_refuse and isinstance(client.error, Overloaded):
+        assert not client.seen, f"{name} was refused after its first token"
         return
     may_expire = client.request.deadline_s is not None and isinstance(client.error, DeadlineExceeded)
     assert may_expire or client.cancel_after_s is not None, f"{name} failed: {client.error!r}"

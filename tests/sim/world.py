@@ -13,14 +13,16 @@ import random
 import re
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import get_args
 
 from cluster.gateway import Gateway
-from cluster.gateway_config import GatewayConfig, RouterConfig
+from cluster.gateway_config import GatewayConfig, ObjectivesConfig, Policy, RouterConfig
 from cluster.heartbeat import report_forever
+from cluster.kv_reporter import KVReporter
 from cluster.links import DecodeLinks
 from cluster.messages import ModelInfo
 from cluster.planning import virtual_loop
-from cluster.registry import Registry, Role, WorkerReport
+from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
 from decode_worker.config import DecodeConfig
 from decode_worker.memory import MemoryDecodeTransport
 from decode_worker.stream import DecodeService
@@ -32,6 +34,7 @@ from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
+from tests.planning.linear_cost import LinearCost
 from tests.sim.traffic import EOS, MAX_CONTEXT, VOCAB, Client, check_client, draw_clients
 
 NUM_LAYERS = 4
@@ -84,6 +87,25 @@ def draw_shape(rng: random.Random) -> Shape:
     )
 
 
+@dataclass(frozen=True)
+class Routing:
+    """How the gateway decides, which a seed draws as well. With objectives the goodput policy may refuse requests."""
+
+    policy: Policy
+    has_cost: bool
+    objectives: ObjectivesConfig
+
+    @property
+    def may_refuse(self) -> bool:
+        return self.policy == "goodput" and self.objectives != ObjectivesConfig()
+
+
+def draw_routing(rng: random.Random) -> Routing:
+    tight, lax = ObjectivesConfig(ttft_ms=60, tpot_ms=6), ObjectivesConfig(ttft_ms=1000, tpot_ms=40)
+    policy: Policy = "goodput" if rng.random() < 0.5 else rng.choice(get_args(Policy))
+    return Routing(policy, rng.random() < 0.5, rng.choice([ObjectivesConfig(), lax, lax, tight]))
+
+
 class WatchedRunner(EmulatedRunner):
     """Asserts at each step that nobody in it has been gone for long. Rows' names contain the requests' ids."""
 
@@ -106,12 +128,16 @@ class WatchedRunner(EmulatedRunner):
 class World:
     """One run. `steps` and the like are there to show that a run did something."""
 
-    def __init__(self, seed: int, requests: int, rate_s: float | None = None, schedule_ahead: bool = True) -> None:
+    def __init__(
+        self, seed: int, requests: int, rate_s: float | None = None, schedule_ahead: bool = True, max_steps: int = 1
+    ) -> None:
         rng = random.Random(seed)
         self.shape = draw_shape(rng)
+        self.routing = draw_routing(random.Random(f"routing of {seed}"))
         self.clients = draw_clients(rng, requests, rate_s or rng.choice([5.0, 30.0, 100.0]))
         self._rng = rng
         self._schedule_ahead = schedule_ahead
+        self._max_steps = max_steps
         self._by_id = {client.request.request_id: client for client in self.clients}
         shape = self.shape
         link = Link(shape.latency_s, shape.bandwidth_bytes_s, shape.window)
@@ -149,7 +175,7 @@ class World:
     def check_clients(self) -> None:
         # Handing an error back to the client takes no virtual time, so a deadline is met to the instant.
         for client in self.clients:
-            check_client(client, self.oracle, late_s=1e-6)
+            check_client(client, self.oracle, late_s=1e-6, may_refuse=self.routing.may_refuse)
 
     def _check_empty(self, gateway: Gateway) -> None:
         gateway.check_empty()
@@ -192,6 +218,7 @@ class World:
             local_token_budget=shape.token_budget,
             max_transfers=shape.max_transfers,
             schedule_ahead=self._schedule_ahead,
+            max_steps=self._max_steps,
         )
         prefill_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.prefill_block, shape.prefill_blocks)
         decode_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.decode_block, shape.decode_blocks)
@@ -216,15 +243,18 @@ class World:
         return [asyncio.create_task(worker.run(), name=name) for name, worker in workers.items()]
 
     def _gateway(self, links: DecodeLinks) -> Gateway:
+        routing = self.routing
         config = GatewayConfig(
             default_deadline_s=None,
             heartbeat_interval_s=0.2,
             fresh_s=1.0,
-            router=RouterConfig(allow_local=self.shape.allow_local),
+            objectives=routing.objectives,
+            router=RouterConfig(policy=routing.policy, allow_local=self.shape.allow_local),
         )
         model = ModelInfo(MODEL, VOCAB, MAX_CONTEXT, eos_token_ids=(EOS,))
         registry = Registry(config.fresh_s, config.expire_s)
-        return Gateway(None, model, registry, links, config, random.Random(self._rng.getrandbits(64)))
+        cost = LinearCost(2e-3, 5e-5, 0.0, 5e-5, 2e-7, saturation_tokens=64) if routing.has_cost else None
+        return Gateway(None, model, registry, links, config, random.Random(self._rng.getrandbits(64)), cost)
 
     def _start_heartbeats(self, gateway: Gateway) -> list[asyncio.Task[None]]:
         roles: list[tuple[Role, str, PrefillWorker | DecodeWorker]] = []
@@ -233,12 +263,16 @@ class World:
         return [asyncio.create_task(self._beat(gateway, *role), name=f"heartbeat of {role[1]}") for role in roles]
 
     async def _beat(self, gateway: Gateway, role: Role, name: str, worker: PrefillWorker | DecodeWorker) -> None:
-        async def send(report: WorkerReport) -> float:
+        cache = KVReporter()
+
+        async def send(report: WorkerReport) -> HeartbeatReply:
             await asyncio.sleep(self.shape.latency_s)
             return gateway.heartbeat(report)
 
         def collect() -> WorkerReport:
-            return WorkerReport(name, role, name, 1, MODEL, worker.stats())
+            events = cache.report(worker.kv_events, worker.kv_snapshot)
+            links = worker.link_rates() if isinstance(worker, DecodeWorker) else ()
+            return WorkerReport(name, role, name, 1, MODEL, worker.stats(), links, events)
 
         rng = random.Random(self._rng.getrandbits(64))
         if role == "prefill":
@@ -246,14 +280,17 @@ class World:
         await report_forever(collect, send, changed=asyncio.Event(), rng=rng)
 
 
-def simulate(seed: int, requests: int, rate_s: float | None = None, schedule_ahead: bool = True) -> World:
+def simulate(
+    seed: int, requests: int, rate_s: float | None = None, schedule_ahead: bool = True, max_steps: int = 1
+) -> World:
     """Runs one seed to its end and checks everything; every failure says which seed it was."""
-    world = World(seed, requests, rate_s, schedule_ahead)
+    world = World(seed, requests, rate_s, schedule_ahead, max_steps)
     try:
         virtual_loop.run(world.run())
         world.check_clients()
     except BaseException as error:
-        error.add_note(f"seed {seed}, {requests} requests, schedule_ahead={schedule_ahead}, {world.shape}")
+        settings = f"schedule_ahead={schedule_ahead}, max_steps={max_steps}, {world.shape}, {world.routing}"
+        error.add_note(f"seed {seed}, {requests} requests, {settings}")
         raise
     return world
 
