@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.report import stamp, table
-from cluster.command_plan import links_of, worker_costs
+from cluster.command_plan import links_of, print_judged, worker_costs
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.bounds import lengths_of
 from cluster.planning.cost_model import CostModel, cost_model
@@ -30,7 +30,7 @@ from cluster.planning.emulated_judge import EmulatedJudge
 from cluster.planning.model_shape import ModelShape, model_shape
 from cluster.planning.operator_law import OperatorLaw
 from cluster.planning.plan import Judgement, PlanSpec, Question
-from cluster.planning.planner import chunk_sizes
+from cluster.planning.splits import chunk_sizes
 from cluster.planning.steady_rates import (
     PLAIN,
     SteadyLoad,
@@ -190,7 +190,7 @@ def crossover(load: SteadyLoad) -> float | None:
     return ahead
 
 
-def emulate_both(case: Theirs, requests: int, processes: int) -> list[tuple[str, Judgement]]:
+def emulate_both(case: Theirs, requests: int, span_answers: float, processes: int) -> list[tuple[str, Judgement]]:
     """Goodput with Poisson arrivals of the arrangements that AIConfigurator chose; colocated workers with whole
     prompts, as it assumes, and with chunks."""
     load = case.load
@@ -202,6 +202,8 @@ def emulate_both(case: Theirs, requests: int, processes: int) -> list[tuple[str,
         gpus_per_node=8,
         objectives=load.objectives,
         requests=requests,
+        span_answers=span_answers,
+        keep=1,
         processes=processes,
     )
     costs = worker_costs(MODEL)
@@ -212,7 +214,7 @@ def emulate_both(case: Theirs, requests: int, processes: int) -> list[tuple[str,
     network_bytes_s = links_of(PROFILE).network_bytes_s
     questions = [Question(case.disaggregated, "both", 0.8 * case.disaggregated_rps, network_bytes_s)]
     questions += [Question(single, "both", 0.8 * case.colocated_rps, network_bytes_s) for single in singles]
-    judged = EmulatedJudge(spec, trace, costs)(questions)
+    judged = EmulatedJudge(spec, trace, costs, print_judged)(questions)
     return [(question.arrangement.label, answer) for question, answer in zip(questions, judged, strict=True)]
 
 
@@ -220,11 +222,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the arithmetic only, no emulation")
     parser.add_argument("--requests", type=int, default=1500, help="of one emulation, repeated until it is long enough")
+    parser.add_argument("--span-answers", type=float, default=2.0, help="length of one emulation, in answers")
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one of the cases only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="where all numbers go")
     options = parser.parse_args()
     results = []
-    for case in CASES:
+    for case in CASES if options.case is None else (CASES[options.case],):
         load = case.load
         compared = compare(case)
         print(
@@ -236,7 +240,9 @@ def main() -> None:
         print(
             f"\nDisaggregation carries more from about {crossing} tokens/s per user on (same assumptions, TTFT kept)."
         )
-        emulated = [] if options.quick else emulate_both(case, options.requests, options.processes)
+        emulated = (
+            [] if options.quick else emulate_both(case, options.requests, options.span_answers, options.processes)
+        )
         if emulated:
             print(f"\nEmulated, Poisson arrivals, goodput at 90 % of requests:\n\n{_emulation(emulated)}")
         results.append(

@@ -1,6 +1,6 @@
 """The planner against DistServe's published results, on DistServe's own step times for OPT-13B on A100-80G.
 
-    python -m bench.distserve_check [--profiles DIR] [--requests N] [--seeds N] [--json F]
+    python -m bench.distserve_check [--part artifact|figure-8] [--prompt-sigma S] [--requests N] [--router NAME] ...
 
 artifact   4 GPUs, TTFT 200 ms, TPOT 100 ms: its simulator's README finds prefill tp 2, decode tp 1, 1.56 req/s per GPU
 figure 8   TTFT 250 ms, TPOT 100 ms: the disaggregated plan against colocated workers with the times of its vLLM, whole
@@ -22,7 +22,7 @@ from typing import Any
 from bench.distserve_rules import best_rate_rps
 from bench.report import stamp, table
 from bench.sharegpt_lengths import PROMPT_SIGMA, as_trace, mean, sharegpt_like
-from cluster.command_plan import DISTSERVE_LINKS, make_plan, worker_costs
+from cluster.command_plan import DISTSERVE_LINKS, make_plan, print_judged, worker_costs
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.emulated_judge import EmulatedJudge, timed
 from cluster.planning.plan import Arm, Judgement, Plan, PlanSpec, Question
@@ -35,7 +35,10 @@ DEFAULT_PROFILES = Path(__file__).parents[2] / "shared" / "data" / "profiles"
 ARTIFACT, FIGURE_8 = Objectives(0.2, 0.1), Objectives(0.25, 0.1)
 # Its README: one node of four A100.
 PUBLISHED_LABEL, PUBLISHED_RPS_PER_GPU = "1P tp2 + 1D tp1", 1.56
-CHUNKS = (128, 256, 512, 1024)
+PAIR = Arrangement(Pool(Parallel(2), 1), Pool(Parallel(1), 1))
+# Of colocated workers: None is whole prompts, as engines ran them before chunking.
+CHUNKS = (None, 512)
+RANKS = (1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,11 @@ class Setting:
     requests: int
     seed: int
     processes: int
+    router: str
+    prompt_sigma: float
+
+    def lengths(self) -> list[tuple[int, int]]:
+        return sharegpt_like(self.requests, self.seed, self.prompt_sigma)
 
     @property
     def own(self) -> str:
@@ -67,14 +75,16 @@ class Setting:
             requests=self.requests,
             processes=self.processes,
             keep=4,
+            router=self.router,
+            allow_local=False,
         )
         return replace(base, **changes)
 
 
 def artifact(setting: Setting) -> tuple[Plan, Arm]:
     """The plan with the best goodput for each GPU used, and its best disaggregated arrangement."""
-    lengths = sharegpt_like(setting.requests, setting.seed)
-    result = make_plan(setting.spec(ARTIFACT), as_trace(lengths))
+    lengths = setting.lengths()
+    result = make_plan(setting.spec(ARTIFACT), as_trace(lengths), print_judged)
     best = result.best("disaggregated")
     assert best is not None, "no disaggregated arrangement was judged"
     return result, best
@@ -82,7 +92,7 @@ def artifact(setting: Setting) -> tuple[Plan, Arm]:
 
 def by_its_rules(setting: Setting, mean_prompt_scale: float = 1.0) -> dict[str, float]:
     """Requests a second for each GPU of every pair that fits 4 GPUs, as its simulator judges."""
-    lengths = sharegpt_like(setting.requests, setting.seed)
+    lengths = setting.lengths()
     lengths = [(min(2047 - output, max(4, round(prompt * mean_prompt_scale))), output) for prompt, output in lengths]
     costs = worker_costs(MODEL)
     rates = {}
@@ -103,26 +113,53 @@ def length_that_explains(setting: Setting) -> float | None:
     return None
 
 
-def figure_8(setting: Setting) -> list[tuple[str, str, int, Judgement]]:
-    """(times, arrangement, GPUs, judgement) of the plan's pair and of single workers: whole prompts, chunks."""
-    lengths = sharegpt_like(setting.requests, setting.seed)
+@dataclass(frozen=True, slots=True)
+class Colocation:
+    """One arrangement of figure 8 with the step times of one engine. `rules_rps`: by DistServe's simulator's rules,
+    None where they do not know it (chunks)."""
+
+    times: str
+    arrangement: Arrangement
+    judged: Judgement
+    rules_rps: float | None
+
+    @property
+    def rps_per_gpu(self) -> float:
+        return self.judged.goodput_rps / self.arrangement.gpus
+
+
+def figure_8(setting: Setting) -> list[Colocation]:
+    """The plan's pair, then single colocated workers with either engine's times: whole prompts, and chunks."""
+    lengths = setting.lengths()
     trace = timed(as_trace(lengths), setting.seed)
     costs = worker_costs(MODEL)
-    pair = Arrangement(Pool(Parallel(2), 1), Pool(Parallel(1), 1))
     rows = []
     for name, profile in (("DistServe", setting.own), ("vLLM", setting.vllm)):
         spec = setting.spec(FIGURE_8, colocated_profile=profile)
         arrangements = [
-            Arrangement(colocated=Pool(Parallel(tp), 1), chunk_tokens=chunk)
-            for tp in (1, 2)
-            for chunk in (None, *CHUNKS)
+            Arrangement(colocated=Pool(Parallel(tp), 1), chunk_tokens=chunk) for tp in RANKS for chunk in CHUNKS
         ]
         if profile == setting.own:
-            arrangements = [pair, *arrangements]
+            arrangements = [PAIR, *arrangements]
         questions = [Question(each, "both", 1.5 * each.gpus, DISTSERVE_LINKS.nvlink_bytes_s) for each in arrangements]
-        judged = EmulatedJudge(spec, trace, costs)(questions)
-        rows += [(name, each.label, each.gpus, answer) for each, answer in zip(arrangements, judged, strict=True)]
+        judged = EmulatedJudge(spec, trace, costs, print_judged)(questions)
+        rows += [
+            Colocation(name, each, answer, _by_rules(each, profile, lengths))
+            for each, answer in zip(arrangements, judged, strict=True)
+        ]
     return rows
+
+
+def _by_rules(arrangement: Arrangement, profile: str, lengths: list[tuple[int, int]]) -> float | None:
+    if arrangement.chunk_tokens is not None:
+        return None
+    costs = worker_costs(MODEL)
+    pools = [pool for pool in (arrangement.prefill, arrangement.decode, arrangement.colocated) if pool is not None]
+    prefill, decode = costs(profile, pools[0].parallel), costs(profile, pools[-1].parallel)
+    is_colocated = arrangement.colocated is not None
+    return best_rate_rps(
+        lengths, arrangement.gpus, FIGURE_8, prefill.step_s, decode.step_s, colocated=is_colocated, precision=0.05
+    )
 
 
 def main() -> None:
@@ -131,25 +168,34 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300, help="of the length sample; DistServe takes 300")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prompt-sigma", type=float, default=PROMPT_SIGMA, help="spread of the prompts' lengths")
+    parser.add_argument("--part", choices=("artifact", "figure-8", "both"), default="both")
+    parser.add_argument("--router", default="least_loaded", help="least_loaded is DistServe's: it refuses nobody")
     parser.add_argument("--json", type=Path, help="where all numbers go")
     options = parser.parse_args()
     if not (options.profiles / OWN).is_file():
         raise ConfigError(f"--profiles {options.profiles}: has no {OWN}")
-    setting = Setting(options.profiles, options.requests, options.seed, options.processes)
-    lengths = sharegpt_like(setting.requests, setting.seed)
-    print(_describe(lengths))
-    results = {"artifact": _print_artifact(setting), "figure_8": _print_figure_8(setting)}
+    setting = Setting(
+        options.profiles, options.requests, options.seed, options.processes, options.router, options.prompt_sigma
+    )
+    lengths = setting.lengths()
+    print(_describe(lengths, setting.prompt_sigma))
+    results: dict[str, Any] = {"lengths": lengths}
+    if options.part != "figure-8":
+        results["artifact"] = _print_artifact(setting)
+    if options.part != "artifact":
+        results["figure_8"] = _print_figure_8(setting)
     print("\n" + stamp(f"{os.cpu_count()} CPUs"))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def _describe(lengths: list[tuple[int, int]]) -> str:
+def _describe(lengths: list[tuple[int, int]], prompt_sigma: float) -> str:
     prompts, outputs = sorted(row[0] for row in lengths), sorted(row[1] for row in lengths)
     spread = [f"p50 {each[len(each) // 2]}, p90 {each[9 * len(each) // 10]}" for each in (prompts, outputs)]
     return (
         f"{len(lengths)} requests: prompts {mean(prompts):.0f} tokens on average ({spread[0]}; log-normal, sigma "
-        f"{PROMPT_SIGMA}), answers {mean(outputs):.0f} ({spread[1]})"
+        f"{prompt_sigma}), answers {mean(outputs):.0f} ({spread[1]})"
     )
 
 
@@ -186,26 +232,40 @@ def _print_artifact(setting: Setting) -> dict[str, Any]:
 
 def _print_figure_8(setting: Setting) -> list[dict[str, Any]]:
     rows = figure_8(setting)
+    own, own_rules = rows[0].rps_per_gpu, (rows[0].rules_rps or 0.0) / PAIR.gpus
     print("\n## Figure 8: TTFT 250 ms, TPOT 100 ms\n")
-    own = rows[0][3].goodput_rps / rows[0][2]
-    heads = ["step times", "arrangement", "req/s per GPU", "DistServe's pair is", "TTFT p90", "TPOT p90"]
+    heads = ["step times", "arrangement", "req/s per GPU", "the pair is", "TTFT p90", "TPOT p90"]
+    heads += ["its rules, per GPU", "the pair is"]
     cells, values = [], []
-    for name, label, gpus, judged in rows:
-        rate = judged.goodput_rps / gpus
-        ratio = own / rate if rate else None
+    for row in rows:
+        rules = None if row.rules_rps is None else row.rules_rps / row.arrangement.gpus
         cells.append(
             [
-                name,
-                label,
-                f"{rate:.2f}",
-                "-" if ratio is None else f"{ratio:.2f} x",
-                "-" if judged.ttft_p90_s is None else f"{judged.ttft_p90_s * 1e3:.0f} ms",
-                "-" if judged.tpot_p90_s is None else f"{judged.tpot_p90_s * 1e3:.0f} ms",
+                row.times,
+                row.arrangement.label,
+                f"{row.rps_per_gpu:.2f}",
+                _times(own, row.rps_per_gpu),
+                "-" if row.judged.ttft_p90_s is None else f"{row.judged.ttft_p90_s * 1e3:.0f} ms",
+                "-" if row.judged.tpot_p90_s is None else f"{row.judged.tpot_p90_s * 1e3:.0f} ms",
+                "-" if rules is None else f"{rules:.2f}",
+                "-" if rules is None else _times(own_rules, rules),
             ]
         )
-        values.append({"times": name, "label": label, "gpus": gpus, "rps_per_gpu": rate, "pair_over_this": ratio})
+        values.append(
+            {
+                "times": row.times,
+                "label": row.arrangement.label,
+                "gpus": row.arrangement.gpus,
+                "rps_per_gpu": row.rps_per_gpu,
+                "its_rules_rps_per_gpu": rules,
+            }
+        )
     print(table(heads, cells))
     return values
+
+
+def _times(mine: float, other: float) -> str:
+    return f"{mine / other:.2f} x" if other else "it alone"
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ MOST_TOKENS = 2047
 LEAST_TOKENS = 4
 
 
-def sharegpt_like(count: int, seed: int = 0) -> list[tuple[int, int]]:
+def sharegpt_like(count: int, seed: int = 0, prompt_sigma: float = PROMPT_SIGMA) -> list[tuple[int, int]]:
     """(prompt tokens, output tokens): means within 1 % of DistServe's for 300 requests or more."""
     rng = random.Random(f"lengths {seed}")
-    shapes = [(rng.lognormvariate(0, PROMPT_SIGMA), rng.lognormvariate(0, OUTPUT_SIGMA)) for _ in range(count)]
+    shapes = [(rng.lognormvariate(0, prompt_sigma), rng.lognormvariate(0, OUTPUT_SIGMA)) for _ in range(count)]
     prompt_scale, output_scale = float(MEAN_PROMPT), float(MEAN_OUTPUT)
     lengths: list[tuple[int, int]] = []
     for _ in range(40):

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from cluster.planning.device_profile import device_profile, known_profiles
 from cluster.planning.emulated_judge import EmulatedJudge
 from cluster.planning.options import PlanOptions
 from cluster.planning.placement import Affinity
-from cluster.planning.plan import Plan, PlanSpec
+from cluster.planning.plan import Judgement, Plan, PlanSpec, Question
 from cluster.planning.plan_output import plan_json, plan_markdown, plan_table, plan_yaml
 from cluster.planning.planner import LinkRates, plan
 from cluster.planning.plot_plan import plot_plan
@@ -50,7 +51,7 @@ def run(options: PlanOptions) -> None:
         processes=options.processes or os.cpu_count() or 1,
         time_budget_s=options.time_budget_s,
     )
-    result = make_plan(spec, trace)
+    result = make_plan(spec, trace, None if options.as_json else print_judged)
     written = write_plan(result, options.out) if options.out is not None else []
     if options.as_json:
         print(json.dumps(plan_json(result) | {"files": [str(path) for path in written]}))
@@ -61,11 +62,17 @@ def run(options: PlanOptions) -> None:
         console.print(f"wrote {path}")
 
 
-def make_plan(spec: PlanSpec, trace: Trace) -> Plan:
-    """The plan of a spec, judged by the emulator."""
+def make_plan(spec: PlanSpec, trace: Trace, tell: Callable[[Question, Judgement], None] | None = None) -> Plan:
+    """The plan of a spec, judged by the emulator; `tell` hears of each arrangement and worker that was judged."""
     cost_of = worker_costs(spec.model)
-    judge = EmulatedJudge(spec, trace, cost_of)
+    judge = EmulatedJudge(spec, trace, cost_of, tell)
     return plan(spec, trace, cost_of, links_of(spec.profile), judge, time.monotonic)
+
+
+def print_judged(question: Question, judged: Judgement) -> None:
+    """One line on stderr: a plan takes minutes."""
+    rate = f"{judged.goodput_rps:.3g} req/s" if judged.goodput_rps else "at no rate"
+    print(f"judged {question.label}: {rate}", file=sys.stderr, flush=True)
 
 
 def worker_costs(model: str) -> Callable[[str, Parallel], CostModel]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from struct import Struct
 
 from cluster.registry import KVEvents
 from engine import prefix_hash
@@ -24,9 +25,11 @@ from engine import prefix_hash
 HOPE_S = 30.0
 # Blocks of a routed prompt beyond its hit that are hoped for: naming all of a long prompt would take milliseconds.
 HOPED_BLOCKS = 64
-# Blocks that are named together.
-NAMED_AT_ONCE = 8
-NAME_BYTES = 8
+# Blocks that are named together: as many as are named already, within these bounds.
+NAMED_AT_LEAST, NAMED_AT_MOST = 8, 64
+EMPTY_HASH = blake2b(digest_size=prefix_hash.DIGEST_BYTES)
+# The first 8 bytes of a name, little-endian.
+SHORT_NAME = Struct(f"<Q{prefix_hash.DIGEST_BYTES - 8}x")
 TOKEN_BYTES = 8
 
 
@@ -65,12 +68,19 @@ class BlockNames:
         them, with one conversion for several: who holds one of them mostly holds the next."""
         names = self.named(block_size)
         first = len(names) * block_size
-        data = array("q", self._token_ids[first : min(first + NAMED_AT_ONCE * block_size, len(self))]).tobytes()
-        size, tip, digest_bytes = block_size * TOKEN_BYTES, self._tips[block_size], prefix_hash.DIGEST_BYTES
+        count = min(max(NAMED_AT_LEAST, len(names)), NAMED_AT_MOST)
+        # Copies of a hasher, and all names out of one run of bytes: twice as quick as the obvious way.
+        data = memoryview(array("q", self._token_ids[first : min(first + count * block_size, len(self))])).cast("B")
+        size, tip, copy = block_size * TOKEN_BYTES, self._tips[block_size], EMPTY_HASH.copy
+        tips: list[bytes] = []
         for start in range(0, len(data) - size + 1, size):
-            tip = blake2b(tip + data[start : start + size], digest_size=digest_bytes).digest()
-            names.append(int.from_bytes(tip[:NAME_BYTES], "little"))
+            block = copy()
+            block.update(tip)
+            block.update(data[start : start + size])
+            tip = block.digest()
+            tips.append(tip)
         self._tips[block_size] = tip
+        names.extend(name for (name,) in SHORT_NAME.iter_unpack(b"".join(tips)))
         return names
 
 

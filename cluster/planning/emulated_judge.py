@@ -1,14 +1,14 @@
 """The planner's judge: the emulator, one goodput search for each question, several side by side in processes.
 
 A phase alone is judged with the other one for free: prefill with answers of one token, decode behind a prefill worker
-that takes no time, so that only its own objective can be missed.
+that takes no time. Then a first token is late only where prompts wait for decode to make room.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,15 +25,16 @@ from cluster.planning.trace import Trace
 from engine.objectives import Objectives
 from engine.step_cost import StepWork
 
-# A run lasts this many answers, so that its decode batches are as full as they get, and this many times TTFT: a queue
-# may grow for as long before anybody misses.
-SPAN_ANSWERS, SPAN_TTFTS = 4.0, 20.0
+# A run lasts this many times TTFT at least: a queue may grow for as long before anybody misses.
+SPAN_TTFTS = 20.0
 SHORTEST_SPAN_S = 20.0
 # Searches end within these parts of the answer: of a worker alone, and of a whole arrangement.
 PHASE_TOLERANCE, WHOLE_TOLERANCE = 0.06, 0.03
 # A step of the phase that is for free, in seconds, and its memory: so many of the longest requests.
 FREE_STEP_S = 1e-6
 FREE_REQUESTS = 64
+# Larger blocks than workers have by default: fewer to keep account of, for 2 % of the memory of a sequence of 1,000.
+BLOCK_SIZE = 64
 # Places of a gateway that leaves it to the router who waits.
 MOST_RUNNING = 1 << 20
 
@@ -67,24 +68,39 @@ class FreeCost:
 
 
 class EmulatedJudge:
-    """Answers the planner's questions about one spec and trace."""
+    """Answers the planner's questions about one spec and trace. `tell` hears of each answer: they take their time."""
 
-    def __init__(self, spec: PlanSpec, trace: Trace, cost_of: CostOf) -> None:
+    def __init__(
+        self,
+        spec: PlanSpec,
+        trace: Trace,
+        cost_of: CostOf,
+        tell: Callable[[Question, Judgement], None] | None = None,
+    ) -> None:
         self._spec = spec
         self._trace = timed(trace, spec.seed)
         self._cost_of = cost_of
+        self._tell = tell
 
     def __call__(self, questions: Sequence[Question]) -> list[Judgement]:
         if self._spec.processes == 1 or len(questions) == 1:
-            return [self.answer(question) for question in questions]
+            return self._told(questions, map(self.answer, questions))
         # Forked: what is asked about is there already, and nothing of it need be picklable.
         _asked.append(self)
         try:
             processes = min(self._spec.processes, len(questions))
             with multiprocessing.get_context("fork").Pool(processes) as pool:
-                return pool.map(_answer, questions, chunksize=1)
+                return self._told(questions, pool.imap(_answer, questions))
         finally:
             _asked.pop()
+
+    def _told(self, questions: Sequence[Question], answers: Iterable[Judgement]) -> list[Judgement]:
+        judged = []
+        for question, answer in zip(questions, answers, strict=True):
+            judged.append(answer)
+            if self._tell is not None:
+                self._tell(question, answer)
+        return judged
 
     def answer(self, question: Question) -> Judgement:
         spec, trace = self.emulation(question)
@@ -118,7 +134,6 @@ class EmulatedJudge:
         elif question.phase == "decode":
             # One free worker sends all that the decode worker can take in.
             prefill_cost = FreeCost(decode_cost.kv_bytes(1), free_tokens, gpus=decode_cost.gpus)
-            objectives = Objectives(None, objectives.tpot_s)
         may_stay = question.phase == "both" and self._spec.allow_local
         emulated = EmulationSpec(
             prefill=arrangement.prefill.count * arrangement.units,
@@ -130,6 +145,7 @@ class EmulatedJudge:
             prefill_cost=prefill_cost,
             decode_cost=decode_cost,
             link_bytes_s=question.link_bytes_s,
+            block_size=BLOCK_SIZE,
             gateway_config=None if may_stay else _never_local(spec.router, prefill_cost, question.link_bytes_s),
         )
         return emulated, trace
@@ -146,6 +162,7 @@ class EmulatedJudge:
             seed=spec.seed,
             prefill_cost=cost,
             decode_cost=cost,
+            block_size=BLOCK_SIZE,
             decode_config=decode_config(cost).model_copy(update={"local_token_budget": budget}),
         )
 
@@ -154,7 +171,7 @@ class EmulatedJudge:
         objectives = self._spec.objectives
         mean_output = sum(request.output_tokens for request in trace.requests) / len(trace)
         answer_s = (objectives.ttft_s or 0.0) + mean_output * (objectives.tpot_s or 0.0)
-        return max(SHORTEST_SPAN_S, SPAN_ANSWERS * answer_s, SPAN_TTFTS * (objectives.ttft_s or 0.0))
+        return max(SHORTEST_SPAN_S, self._spec.span_answers * answer_s, SPAN_TTFTS * (objectives.ttft_s or 0.0))
 
 
 def timed(trace: Trace, seed: int) -> Trace:

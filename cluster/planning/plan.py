@@ -28,7 +28,8 @@ class PlanSpec:
     GPUs by default). `chunks`: sizes of a colocated worker's prompt chunks that are tried, None for whole prompts; ()
     for those that suggest themselves. `keep`: arrangements of each kind that are judged whole. `requests`: of the
     trace, in one emulation of a single worker; whole arrangements get as many for each of their workers, as far as the
-    trace goes. `processes`: emulations side by side; they change nothing but the time. `time_budget_s`: after it, no
+    trace goes. `span_answers`: a run lasts so many mean answers, so that decode batches are as full as they get.
+    `processes`: emulations side by side; they change nothing but the time. `time_budget_s`: after it, no
     further arrangement is judged.
     """
 
@@ -48,6 +49,7 @@ class PlanSpec:
     chunks: tuple[int | None, ...] = ()
     keep: int = 3
     requests: int = 300
+    span_answers: float = 4.0
     processes: int = 1
     time_budget_s: float | None = None
 
@@ -73,6 +75,14 @@ class Question:
     phase: Phase
     expected_rps: float
     link_bytes_s: float
+
+    @property
+    def label(self) -> str:
+        """What is asked about, in words: an arrangement, or one phase's worker alone."""
+        pool = self.arrangement.prefill if self.phase == "prefill" else self.arrangement.decode
+        if self.phase == "both" or pool is None:
+            return self.arrangement.label
+        return f"{self.phase} worker, {pool.parallel}"
 
 
 @dataclass(frozen=True, slots=True)

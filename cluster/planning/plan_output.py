@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,15 +16,25 @@ from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.bounds import PlanCost
 from cluster.planning.emulated_cluster import MOST_TOKEN_BUDGET, decode_config, prefill_config
 from cluster.planning.plan import Arm, Plan
+from engine.config import DEFAULT_MODEL
 from engine.errors import ConfigError
 
-HEADINGS = ("arrangement", "GPUs", "req/s", "per GPU", "TTFT p90", "TPOT p90", "attained", "at most")
+HEADINGS = ("arrangement", "GPUs", "req/s", "per GPU", "TTFT p90", "TPOT p90", "attained", "bound")
+# Where the weights of the built-in shapes are, for the engine; any other name or path is the engine's to find.
+WEIGHTS = {
+    "smollm2-135m": DEFAULT_MODEL,
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "opt-13b": "facebook/opt-13b",
+    "opt-66b": "facebook/opt-66b",
+}
 
 
 def plan_table(plan: Plan) -> Group:
     """What `tandem plan` prints: the answer, the judged arrangements best first, what was not judged and why."""
     table = Table(title=_title(plan), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(HEADINGS[0])
+    table.add_column(HEADINGS[0], no_wrap=True)
     for heading in HEADINGS[1:]:
         table.add_column(heading, justify="right")
     for arm in plan.arms:
@@ -97,7 +108,7 @@ def plan_yaml(plan: Plan, cost_of: Callable[[Parallel], PlanCost]) -> str:
     if arrangement.colocated is not None:
         budget = arrangement.chunk_tokens or LONGEST_STEP
     router: dict[str, Any] = {"policy": spec.router, "local_chunk_tokens": budget}
-    values: dict[str, Any] = {"engine": {"model": spec.model, "kv_cache_bytes": rank_bytes}}
+    values: dict[str, Any] = {"engine": {"model": weights_of(spec.model), "kv_cache_bytes": rank_bytes}}
     if arrangement.prefill is not None:
         prefill_options = prefill_config(costs[0])
         values["prefill"] = prefill_options.model_dump(include={"token_budget", "max_batch_prompts", "max_queued"})
@@ -118,6 +129,12 @@ def plan_yaml(plan: Plan, cost_of: Callable[[Parallel], PlanCost]) -> str:
 
 # A step of whole prompts is this long at most.
 LONGEST_STEP = MOST_TOKEN_BUDGET
+
+
+def weights_of(model: str) -> str:
+    """What `engine.model` must say to serve a planned model: a config.json stands for its folder."""
+    path = Path(model)
+    return WEIGHTS.get(model) or (str(path.parent) if path.name == "config.json" else model)
 
 
 def _cluster(arrangement: Arrangement) -> dict[str, Any]:
@@ -191,4 +208,6 @@ def _ms(seconds: float | None) -> float:
 
 
 def _ms_text(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.3g} ms"
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"

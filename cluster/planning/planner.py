@@ -9,13 +9,12 @@ excludes is not emulated, and the plan says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.bounds import (
     Bound,
-    Lengths,
     PlanCost,
     arrangement_bound,
     colocated_bound,
@@ -25,19 +24,19 @@ from cluster.planning.bounds import (
 )
 from cluster.planning.placement import Affinity, Candidate, Links, colocated, high_affinity, low_affinity
 from cluster.planning.plan import Arm, Judge, Judgement, Phase, PhaseArm, Plan, PlanSpec, Pruned, Question
+from cluster.planning.splits import chunk_sizes, splits
 from cluster.planning.trace import Trace
 from engine.errors import ConfigError
-from engine.step_cost import StepWork
 
 # A parallelism whose bound for each GPU is below this part of the best judged one is not judged: no counts make up
 # for it.
 WORTH_JUDGING = 0.7
+# What a worker usually reaches of its bound: where a search of its goodput begins.
+USUAL_SHARE = 0.7
 # Whole arrangements are judged in waves of this many, so that what one wave finds can spare the next.
 WAVE = 2
 # KV between nodes may take this part of TTFT before it is kept within nodes.
 NOTICEABLE_TRANSFER = 0.05
-# The chunk sizes that suggest themselves to colocated workers: powers of two in this range, and whole prompts.
-SMALLEST_CHUNK, LARGEST_CHUNK = 128, 8192
 
 # A worker's cost model, for a profile and a parallelism. Raises ConfigError where the model does not split or fit so.
 CostOf = Callable[[str, Parallel], PlanCost]
@@ -82,6 +81,7 @@ class _Search:
     pruned: list[Pruned] = field(default_factory=list)
     phases: list[PhaseArm] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
+    answers: dict[tuple[Arrangement, Phase], Judgement] = field(default_factory=dict)
 
     def run(self) -> Plan:
         self.began_s = self.clock() if self.clock else 0.0
@@ -137,13 +137,15 @@ class _Search:
     def _candidates(self) -> list[Candidate]:
         """Whole arrangements, disaggregated and colocated in turn, best estimates first."""
         target, objectives = self.spec.target, self.spec.objectives
+        # The other pool needs GPUs too; where KV stays inside a node, there.
+        shared = self.spec.gpus if self.affinity == "high" else min(self.spec.gpus, self.spec.gpus_per_node)
+        room = shared - min(parallel.gpus for parallel in self.costs)
+        beside = {parallel: cost for parallel, cost in self.costs.items() if parallel.gpus <= room}
         prefill_bounds = {
-            parallel: prefill_bound(cost, self.lengths, objectives.ttft_s, target)
-            for parallel, cost in self.costs.items()
+            parallel: prefill_bound(cost, self.lengths, objectives.ttft_s, target) for parallel, cost in beside.items()
         }
         decode_bounds = {
-            parallel: decode_bound(cost, self.lengths, objectives.tpot_s, target)
-            for parallel, cost in self.costs.items()
+            parallel: decode_bound(cost, self.lengths, objectives.tpot_s, target) for parallel, cost in beside.items()
         }
         pairs = self._paired(
             self._phase("prefill", {(p, None): bound for p, bound in prefill_bounds.items()}),
@@ -190,21 +192,22 @@ class _Search:
             asked: list[tuple[tuple[Parallel, int | None], Question]] = []
             for key, bound in wave:
                 parallel, chunk_tokens = key
-                worker = _worker(phase, parallel, chunk_tokens)
+                question = self._question(_worker(phase, parallel, chunk_tokens), phase, USUAL_SHARE * bound.rps)
                 if bound.rps / parallel.gpus <= WORTH_JUDGING * best_per_gpu or bound.rps == 0.0:
                     beside = f"; one judged carries {best_per_gpu:.3g} per GPU" if best_per_gpu else ""
                     reason = f"{bound.reason}: at most {bound.rps / parallel.gpus:.3g} req/s per GPU{beside}"
-                    self.pruned.append(Pruned(_phase_label(phase, worker), reason))
+                    self.pruned.append(Pruned(question.label, reason))
                 else:
-                    asked.append((key, self._question(worker, phase, bound.rps)))
+                    asked.append((key, question))
             for (key, question), judgement in zip(asked, self._ask([q for _, q in asked]), strict=True):
-                label = _phase_label(phase, question.arrangement)
-                self.phases.append(PhaseArm(question.phase, label, key[0].gpus, judgement.goodput_rps))
+                self.phases.append(PhaseArm(question.phase, question.label, key[0].gpus, judgement.goodput_rps))
                 if judgement.goodput_rps > 0:
                     rates[key] = judgement.goodput_rps
                     best_per_gpu = max(best_per_gpu, judgement.goodput_rps / key[0].gpus)
                 else:
-                    self.pruned.append(Pruned(label, f"keeps the objective at no rate {judgement.note}".rstrip()))
+                    self.pruned.append(
+                        Pruned(question.label, f"keeps the objective at no rate {judgement.note}".rstrip())
+                    )
         return rates
 
     # ── whole arrangements ───────────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +261,11 @@ class _Search:
         return Question(arrangement, phase, expected_rps, self.links.bytes_s)
 
     def _ask(self, questions: Sequence[Question]) -> Sequence[Judgement]:
-        return self.judge(questions) if questions else ()
+        """Asks the judge what was not asked before."""
+        new = [question for question in questions if (question.arrangement, question.phase) not in self.answers]
+        for question, judgement in zip(new, self.judge(new) if new else (), strict=True):
+            self.answers[question.arrangement, question.phase] = judgement
+        return [self.answers[question.arrangement, question.phase] for question in questions]
 
     def _answer(self) -> Plan:
         ranked = sorted(
@@ -296,37 +303,10 @@ class _Search:
         return "; ".join(f"{pruned.label}: {pruned.reason}" for pruned in self.pruned)
 
 
-def splits(gpus: int, most_ranks: int) -> list[Parallel]:
-    """Powers of two: tensor ranks within a node, then stages of them; the fewest GPUs first."""
-    ranks = [1 << power for power in range(most_ranks.bit_length()) if 1 << power <= min(gpus, most_ranks)]
-    stages = [1 << power for power in range(gpus.bit_length())]
-    found = [Parallel(tp, pp) for pp in stages for tp in ranks if tp * pp <= gpus]
-    return sorted(found, key=lambda parallel: (parallel.pp, parallel.tp))
-
-
-def chunk_sizes(cost: PlanCost, lengths: Lengths, tpot_s: float) -> list[int | None]:
-    """Chunks worth trying on a colocated worker: the largest beside which a step still keeps TPOT, the one that
-    saturates the GPU, and whole prompts, which let TPOT's mean bear a long step now and then."""
-    context = round(lengths.mean_kv + lengths.mean_output / 2)
-    rows = max(1, min(64, cost.kv_capacity_tokens // max(1, context)))
-    sizes = [1 << power for power in range(SMALLEST_CHUNK.bit_length() - 1, LARGEST_CHUNK.bit_length())]
-    kept = [size for size in sizes if cost.step_s(StepWork(((size, 0),), rows, rows * context)) <= tpot_s]
-    saturating = next((size for size in sizes if size >= cost.saturation_tokens), sizes[-1])
-    chosen: Iterable[int] = {kept[-1] if kept else sizes[0], saturating}
-    return [*sorted(chosen), None]
-
-
 def _worker(phase: Phase, parallel: Parallel, chunk_tokens: int | None) -> Arrangement:
     if phase == "both":
         return Arrangement(colocated=Pool(parallel, 1), chunk_tokens=chunk_tokens)
     return Arrangement(Pool(parallel, 1), Pool(parallel, 1))
-
-
-def _phase_label(phase: Phase, worker: Arrangement) -> str:
-    if worker.colocated is not None:
-        return worker.label
-    assert worker.prefill is not None
-    return f"{phase} worker, {worker.prefill.parallel}"
 
 
 def _one_worker(candidate: Candidate) -> Candidate:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.command_plan import DISTSERVE_LINKS, PlanOptions, links_of, run
+from cluster.command_plan import DISTSERVE_LINKS, links_of, run
 from cluster.config import load
+from cluster.planning.options import PlanOptions
 from engine.errors import ConfigError
 
 
 def a_trace(path: Path, count: int = 30) -> Path:
     lines = (
-        json.dumps({"arrival_s": index * 0.1, "prompt_tokens": 900 + 10 * index, "output_tokens": 20})
+        json.dumps({"arrival_s": index * 0.1, "prompt_tokens": 200 + 10 * index, "output_tokens": 12})
         for index in range(count)
     )
     path.write_text("\n".join(lines) + "\n")
@@ -23,13 +24,13 @@ def a_trace(path: Path, count: int = 30) -> Path:
 
 def options(tmp_path: Path, **changes: object) -> PlanOptions:
     values: dict[str, object] = {
-        "profile": "h200",
-        "model": "llama-3.1-8b",
+        "profile": "cpu",
+        "model": "smollm2-135m",
         "gpus": 2,
         "gpus_per_node": 8,
         "trace": a_trace(tmp_path / "trace.jsonl"),
-        "ttft_ms": 500.0,
-        "tpot_ms": 40.0,
+        "ttft_ms": 1500.0,
+        "tpot_ms": 90.0,
         "requests": 30,
         "keep": 1,
         "processes": 1,

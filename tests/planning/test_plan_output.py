@@ -16,7 +16,7 @@ from cluster.config import load
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.bounds import PlanCost
 from cluster.planning.plan import Arm, Judgement, PhaseArm, Plan, Pruned
-from cluster.planning.plan_output import plan_json, plan_markdown, plan_table, plan_yaml
+from cluster.planning.plan_output import WEIGHTS, plan_json, plan_markdown, plan_table, plan_yaml, weights_of
 from cluster.planning.plot_plan import plot_plan
 from engine.errors import ConfigError
 from tests.planning.plan_cases import cost_of, small_spec
@@ -66,9 +66,15 @@ def test_the_configuration_of_two_pools_loads(tmp_path: Path) -> None:
     assert config.cluster.profile == "h200"
     assert (config.gateway.objectives.ttft_ms, config.gateway.objectives.tpot_ms) == (400.0, 30.0)
     assert config.gateway.router.policy == "goodput"
-    assert config.engine.model == "llama-3.1-8b"
+    assert config.engine.model == "meta-llama/Llama-3.1-8B-Instruct"
     # 50,000 tokens of 100,000 bytes for each GPU.
     assert config.engine.kv_cache_bytes == 5_000_000_000
+
+
+def test_every_built_in_shape_has_weights(tmp_path: Path) -> None:
+    assert set(WEIGHTS) == set(known_shapes())
+    assert weights_of("/models/mine/config.json") == "/models/mine"
+    assert weights_of("someone/a-model") == "someone/a-model"
 
 
 def test_units_are_added_up(tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_the_table_names_every_arm_and_what_was_left_out() -> None:
     for wanted in ("2P tp2 + 4D tp1", "2 x (2P tp1 + 1D tp2)", "8C tp1, chunks 512", "tp8: tp: got 8", "1.33 times"):
         assert wanted in text
     page = plan_markdown(a_plan())
-    assert "| 8C tp1, chunks 512 | 8 | 9 | 1.12 | 310 ms | 28 ms | 91.0% | 11.7 |" in page
+    assert "| 8C tp1, chunks 512 | 8 | 9 | 1.12 | 310 ms | 28.0 ms | 91.0% | 11.7 |" in page
     assert "| prefill worker, tp2 | 6.5 | 3.25 |" in page
 
 

@@ -9,7 +9,8 @@ import pytest
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.bounds import lengths_of
 from cluster.planning.plan import Plan, PlanSpec, Question
-from cluster.planning.planner import LinkRates, chunk_sizes, plan, splits
+from cluster.planning.planner import LinkRates, plan
+from cluster.planning.splits import chunk_sizes, splits
 from cluster.planning.trace import Trace
 from engine.errors import ConfigError
 from engine.objectives import Objectives
