@@ -15,11 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.planning.goodput import find_goodput
-
 from bench.report import stamp, table, write_section
 from bench.trace_objectives import TRACE_OBJECTIVES
 from cluster.planning.emulation_spec import EmulationSpec
+from cluster.planning.goodput import find_goodput
 from cluster.planning.trace import read_trace
 
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"

@@ -22,7 +22,7 @@ from cluster.planning.bounds import (
     lengths_of,
     prefill_bound,
 )
-from cluster.planning.placement import Affinity, Candidate, Links, colocated, high_affinity, low_affinity
+from cluster.planning.placement import Affinity, Candidate, Links, colocated, high_affinity, low_affinity, replicas
 from cluster.planning.plan import Arm, Judge, Judgement, Phase, PhaseArm, Plan, PlanSpec, Pruned, Question
 from cluster.planning.splits import chunk_sizes, splits
 from cluster.planning.trace import Trace
@@ -278,7 +278,7 @@ class _Search:
         )
         chosen = ranked[0] if ranked and ranked[0].goodput_rps > 0 else None
         pair = next((arm.arrangement for arm in ranked if arm.arrangement.kind == "disaggregated"), None)
-        notes = sorted({arm.judgement.note for arm in ranked if arm.judgement.note})
+        notes = sorted({arm.judgement.note for arm in ranked if arm.judgement.note}) + self._own_rate()
         return Plan(
             spec=self.spec,
             affinity=self.affinity,
@@ -293,6 +293,22 @@ class _Search:
             transfer_s=self.links.transfer_s(pair) if pair is not None else 0.0,
             notes=tuple(notes),
         )
+
+    def _own_rate(self) -> list[str]:
+        """DistServe's answer for a given rate, the trace's own: its best worker of each phase, as often as needed."""
+        rate_rps = self.trace.rate_rps if self.trace.has_arrivals else 0.0
+        best: dict[Phase, tuple[float, float, Parallel]] = {}
+        for (arrangement, phase), judgement in self.answers.items():
+            pool = arrangement.prefill if phase == "prefill" else arrangement.decode
+            if pool is not None and phase != "both" and judgement.goodput_rps > 0:
+                rated = (judgement.goodput_rps / pool.parallel.gpus, judgement.goodput_rps, pool.parallel)
+                best[phase] = max(best.get(phase, rated), rated)
+        if not rate_rps or len(best) < 2:
+            return []
+        (_, prefill_rps, prefill), (_, decode_rps, decode) = best["prefill"], best["decode"]
+        prefills, decodes = replicas(rate_rps, prefill_rps, decode_rps)
+        needed = Arrangement(Pool(prefill, prefills), Pool(decode, decodes))
+        return [f"the trace's own {rate_rps:.3g} req/s takes {needed.label} by these workers alone: {needed.gpus} GPUs"]
 
     def _prune(self, parallel: Parallel, reason: str) -> None:
         pruned = Pruned(str(parallel), reason)

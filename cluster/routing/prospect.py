@@ -238,7 +238,7 @@ class Forecast:
 
     def _row_loss(self, decode: DecodeLoad, before_s: float, after_s: float, added_s: float) -> float:
         """How many of the worker's rows will miss their TPOT that would not have without this request."""
-        residuals = self._calibration.tpot
+        residuals = self._calibration.row_tpot
         past_s = decode.report.stats.decode_step_s or before_s
         without_s = PAST * past_s + (1.0 - PAST) * before_s
         with_s = PAST * past_s + (1.0 - PAST) * after_s + added_s / self._view.answer_tokens
@@ -258,7 +258,7 @@ class Forecast:
             price += self._asks(self._prices.prefill if kind == "pair" else self._prices.local, fill, prompt.work_s)
         if math.isfinite(self._tpot_limit_s):
             least_s = self._costs.decode_s(decode.report.stats, 1, 1)
-            promised_s = self._tpot_limit_s / self._calibration.tpot.quantile(PROMISE) - least_s
+            promised_s = self._tpot_limit_s / self._calibration.row_tpot.quantile(PROMISE) - least_s
             fill = (after_s - least_s) / promised_s if promised_s > 0 else 1.0
             price += self._asks(self._prices.decode, fill, decode_work_s)
         return price

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -156,3 +157,15 @@ def test_bad_specs_are_named() -> None:
         small_spec(gpus_per_node=0)
     with pytest.raises(ConfigError, match=r"objectives\.tpot_s: got None"):
         small_spec(objectives=Objectives(1.0, None))
+
+
+def test_says_how_many_workers_the_traces_own_rate_takes() -> None:
+    """As many of the best worker of each phase as carry it, whatever GPUs there are."""
+    slow, fast = planned(small_spec()), planned(small_spec(), small_trace().scaled(16.0))
+    assert slow.notes == ("the trace's own 5 req/s takes 1P tp1 + 1D tp1 by these workers alone: 2 GPUs",)
+    prefill_rps, decode_rps = (
+        max(arm.rps for arm in fast.phases if arm.phase == phase and arm.gpus == 1) for phase in ("prefill", "decode")
+    )
+    prefills, decodes = math.ceil(80 / prefill_rps), math.ceil(80 / decode_rps)
+    assert prefills > 1
+    assert fast.notes[0].startswith(f"the trace's own 80 req/s takes {prefills}P tp1 + {decodes}D tp1 ")
