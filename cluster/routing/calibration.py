@@ -20,8 +20,6 @@ PRIOR_SCALE = 0.08
 # How fast the probability falls beyond the largest ratio seen, in log ratio.
 TAIL = 0.05
 SMALLEST_S = 1e-6
-# One answer never counts for more rows than this.
-MOST_OWED = 8.0
 
 
 class Residuals:
@@ -71,22 +69,8 @@ class Residuals:
 
 
 class Calibration:
-    """TTFT of each kind of route, and TPOT: of requests, and of the rows that a decode worker has at some moment. Long
-    answers are seen there more often than they come, in proportion to their length, and their pace is steadier."""
+    """TTFT of each kind of route, and TPOT."""
 
     def __init__(self) -> None:
         self.ttft: dict[Kind, Residuals] = {"pair": Residuals(), "local": Residuals()}
         self.tpot = Residuals()
-        self.row_tpot = Residuals()
-        self._answer_tokens = 0.0
-        self._owed = 0.0
-
-    def add_tpot(self, predicted_s: float, actual_s: float, answer_tokens: int) -> None:
-        self.tpot.add(predicted_s, actual_s)
-        mean = self._answer_tokens or answer_tokens
-        self._answer_tokens = mean + (answer_tokens - mean) / WINDOW
-        # As many times as its length is of the mean, over time.
-        self._owed = min(self._owed + answer_tokens / mean, MOST_OWED)
-        while self._owed >= 1.0:
-            self._owed -= 1.0
-            self.row_tpot.add(predicted_s, actual_s)

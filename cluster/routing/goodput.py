@@ -69,7 +69,7 @@ class GoodputRouter:
 
     def learn_tpot(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
         if booking.route.predicted_tpot_s > 0 and answer_tokens >= LEAST_ANSWER:
-            self.calibration.add_tpot(booking.route.predicted_tpot_s, tpot_s, answer_tokens)
+            self.calibration.tpot.add(booking.route.predicted_tpot_s, tpot_s)
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

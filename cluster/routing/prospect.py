@@ -32,6 +32,7 @@ PACE_WORTH = 0.25
 MOST_LOCAL_SHARE = 0.9
 # Running rows have half of their answer behind them: what comes now decides only the rest of their TPOT.
 PAST = 0.5
+ROWW = 1.0
 # What of the objectives can be promised away: this share of past requests kept to the prediction.
 PROMISE = 0.8
 # How full pools should be. A queue only has to keep its worker busy; a decode pool that is full is as slow as may be.
@@ -238,14 +239,14 @@ class Forecast:
 
     def _row_loss(self, decode: DecodeLoad, before_s: float, after_s: float, added_s: float) -> float:
         """How many of the worker's rows will miss their TPOT that would not have without this request."""
-        residuals = self._calibration.row_tpot
+        residuals = self._calibration.tpot
         past_s = decode.report.stats.decode_step_s or before_s
         without_s = PAST * past_s + (1.0 - PAST) * before_s
         with_s = PAST * past_s + (1.0 - PAST) * after_s + added_s / self._view.answer_tokens
         loss = 0.0
         for limit_s, rows in decode.tpot_rows.items():
             if math.isfinite(limit_s):
-                loss += rows * (residuals.probability(without_s, limit_s) - residuals.probability(with_s, limit_s))
+                loss += ROWW * rows * (residuals.probability(without_s, limit_s) - residuals.probability(with_s, limit_s))
         return loss
 
     def _price(
@@ -258,7 +259,7 @@ class Forecast:
             price += self._asks(self._prices.prefill if kind == "pair" else self._prices.local, fill, prompt.work_s)
         if math.isfinite(self._tpot_limit_s):
             least_s = self._costs.decode_s(decode.report.stats, 1, 1)
-            promised_s = self._tpot_limit_s / self._calibration.row_tpot.quantile(PROMISE) - least_s
+            promised_s = self._tpot_limit_s / self._calibration.tpot.quantile(PROMISE) - least_s
             fill = (after_s - least_s) / promised_s if promised_s > 0 else 1.0
             price += self._asks(self._prices.decode, fill, decode_work_s)
         return price

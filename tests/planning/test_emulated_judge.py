@@ -57,7 +57,7 @@ def test_a_colocated_worker_is_judged_within_its_bound() -> None:
     single = Arrangement(colocated=Pool(Parallel(1), 1), chunk_tokens=512)
     (judged,) = EmulatedJudge(spec, TRACE, slow_cost_of)([Question(single, "both", 0.6 * bound.rps, 4e11)])
     # The bound is of the long run: a few dozen requests may be luckier than that.
-    assert 0.3 * bound.rps < judged.goodput_rps <= 1.05 * bound.rps
+    assert 0.3 * bound.rps < judged.goodput_rps <= 1.1 * bound.rps
     assert judged.attainment >= spec.target
     assert judged.ttft_p90_s is not None
 
