@@ -32,7 +32,6 @@ PACE_WORTH = 0.25
 MOST_LOCAL_SHARE = 0.9
 # Running rows have half of their answer behind them: what comes now decides only the rest of their TPOT.
 PAST = 0.5
-ROWW = 1.0
 # What of the objectives can be promised away: this share of past requests kept to the prediction.
 PROMISE = 0.8
 # How full pools should be. A queue only has to keep its worker busy; a decode pool that is full is as slow as may be.
@@ -246,7 +245,7 @@ class Forecast:
         loss = 0.0
         for limit_s, rows in decode.tpot_rows.items():
             if math.isfinite(limit_s):
-                loss += ROWW * rows * (residuals.probability(without_s, limit_s) - residuals.probability(with_s, limit_s))
+                loss += rows * (residuals.probability(without_s, limit_s) - residuals.probability(with_s, limit_s))
         return loss
 
     def _price(
