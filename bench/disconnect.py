@@ -30,7 +30,7 @@ from rich.table import Table
 from tandem.client import Client
 
 from bench.one_process import Service, serving
-from cluster.gateway_config import GatewayConfig
+from cluster.gateway_config import GatewayConfig, RouterConfig
 from cluster.messages import ModelInfo
 from cluster.served_model import describe
 from decode_worker.config import DecodeConfig
@@ -246,7 +246,10 @@ async def run_phase(
         model.tokenizer,
         [runners[0]],
         [runners[1]],
-        gateway_config=GatewayConfig(max_running=places, heartbeat_interval_s=0.2, fresh_s=2.0),
+        # The goodput policy would keep the second prompt at the gateway; here it is to wait on the worker.
+        gateway_config=GatewayConfig(
+            max_running=places, heartbeat_interval_s=0.2, fresh_s=2.0, router=RouterConfig(policy="least_loaded")
+        ),
         # Small chunks and frames, so that there is a middle to be met in.
         prefill_config=PrefillConfig(token_budget=128, max_frame_bytes=FRAME_BYTES),
         decode_config=DecodeConfig(schedule_ahead=args.schedule_ahead),

@@ -39,9 +39,9 @@ def status_table(response: GetStatusResponse) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("worker")
+    table.add_column("worker", no_wrap=True)
     table.add_column("address", no_wrap=True)
-    for heading in ("run", "wait", "queued", "blocks used", "steps", "error", "seen"):
+    for heading in ("run", "wait", "queued", "KV", "steps", "error", "seen"):
         table.add_column(heading, justify="right")
     for worker in response.workers:
         table.add_row(*_row(worker), style="" if worker.fresh else "red")
@@ -49,14 +49,14 @@ def status_table(response: GetStatusResponse) -> Table:
 
 
 def _row(worker: WorkerStatus) -> tuple[str, ...]:
-    used = worker.blocks_total - worker.blocks_free
+    used = 1.0 - worker.blocks_free / worker.blocks_total if worker.blocks_total else 0.0
     return (
         worker.worker_id,
         worker.address,
         str(worker.running),
         str(worker.waiting),
         str(worker.queued_tokens),
-        f"{used}/{worker.blocks_total}",
+        f"{used:.0%}",
         str(worker.steps),
         _cost_error(worker),
         f"{worker.heartbeat_age_s:.1f} s",

@@ -18,10 +18,11 @@ from typing import Any
 TANDEM = [sys.executable, "-m", "cluster.cli"]
 START_S = 120.0
 STOP_S = 20.0
-# Small, so that a worker starts fast; still room for some thousand tokens.
+# Small, so that a worker starts fast; still room for some thousand tokens. Every prompt takes the way over the link:
+# the goodput policy would compute short ones where they are decoded.
 CONFIG = """
 engine: {kv_cache_bytes: 67108864}
-gateway: {heartbeat_interval_s: 0.2, fresh_s: 1.5, expire_s: 5}
+gateway: {heartbeat_interval_s: 0.2, fresh_s: 1.5, expire_s: 5, router: {policy: least_loaded}}
 cluster: {grpc_port: 0, stop_timeout_s: 2}
 """
 

@@ -18,6 +18,7 @@ ANSWER_TOKENS = (3, 8, 16, 24)
 TIE = 1e-3
 CONFIG = """
 engine: {threads: 1, kv_cache_bytes: 268435456}
+gateway: {router: {policy: least_loaded}}
 cluster: {grpc_port: 0}
 """
 
