@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import logging
-import multiprocessing
 import random
 import sys
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from cluster.planning.emulated_cluster import MAX_BATCH
 from cluster.planning.emulation_result import EmulationResult
 from cluster.planning.emulation_spec import EmulationSpec
 from cluster.planning.emulator import emulate
+from cluster.planning.forked import forked
 from cluster.planning.goodput import find_goodput
 from cluster.planning.trace import Trace, TraceRequest
 from engine.objectives import Objectives
@@ -164,9 +164,8 @@ def goodput_of(load: Load, options: argparse.Namespace, prefill: int) -> float:
 def best_split(load: Load, options: argparse.Namespace) -> BestSplit:
     middle, beside = modelled_split(load), options.beside
     splits = [prefill for prefill in range(middle - beside, middle + beside + 1) if 1 <= prefill < WORKERS]
-    with multiprocessing.get_context("fork").Pool(options.processes) as pool:
-        rates = pool.map(partial(goodput_of, load, options), splits, chunksize=1)
-    return BestSplit(load, dict(zip(splits, rates, strict=True)))
+    with forked(partial(goodput_of, load, options), options.processes) as rates:
+        return BestSplit(load, dict(zip(splits, rates(splits), strict=True)))
 
 
 def run_phases(bests: Sequence[BestSplit], share: float, phase_s: float, router: str, seed: int) -> Run:

@@ -48,4 +48,6 @@ def _worker_status(worker: KnownWorker, registry: Registry, now: float) -> Worke
         steps=stats.steps,
         cost_error_median=stats.cost_error_median,
         cost_error_p90=stats.cost_error_p90,
+        prefill_scale=stats.prefill_scale,
+        decode_scale=stats.decode_scale,
     )

@@ -93,6 +93,8 @@ def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
             steps=worker.steps,
             cost_error_median=worker.cost_error_median,
             cost_error_p90=worker.cost_error_p90,
+            prefill_scale=worker.prefill_scale,
+            decode_scale=worker.decode_scale,
         )
         for worker in status.workers
     ]

@@ -108,6 +108,8 @@ class WorkerStatus:
     steps: int
     cost_error_median: float = 0.0
     cost_error_p90: float = 0.0
+    prefill_scale: float = 1.0
+    decode_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ that takes no time. Then a first token is late only where prompts wait for decod
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from cluster.planning.arrivals import arrivals
 from cluster.planning.emulated_cluster import decode_config, prefill_config
 from cluster.planning.emulation_result import Ending, percentile
 from cluster.planning.emulation_spec import EmulationSpec, WorkerCost
+from cluster.planning.forked import forked
 from cluster.planning.goodput import Goodput, find_goodput
 from cluster.planning.plan import Judgement, PlanSpec, Question
 from cluster.planning.planner import CostOf
@@ -85,14 +85,8 @@ class EmulatedJudge:
     def __call__(self, questions: Sequence[Question]) -> list[Judgement]:
         if self._spec.processes == 1 or len(questions) == 1:
             return self._told(questions, map(self.answer, questions))
-        # Forked: what is asked about is there already, and nothing of it need be picklable.
-        _asked.append(self)
-        try:
-            processes = min(self._spec.processes, len(questions))
-            with multiprocessing.get_context("fork").Pool(processes) as pool:
-                return self._told(questions, pool.imap(_answer, questions))
-        finally:
-            _asked.pop()
+        with forked(self.answer, min(self._spec.processes, len(questions))) as answers:
+            return self._told(questions, answers(questions))
 
     def _told(self, questions: Sequence[Question], answers: Iterable[Judgement]) -> list[Judgement]:
         judged = []
@@ -221,11 +215,3 @@ def _workers(question: Question) -> int:
     if question.phase != "both":
         return 1
     return arrangement.units * max(pool.count for pool in pools if pool is not None)
-
-
-# The judge that asks: forked processes find it here.
-_asked: list[EmulatedJudge] = []
-
-
-def _answer(question: Question) -> Judgement:
-    return _asked[-1].answer(question)

@@ -8,7 +8,6 @@ One trace is replayed faster or slower; its lengths, its prefixes and the shape 
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from functools import partial
 from cluster.planning.emulation_result import EmulationResult
 from cluster.planning.emulation_spec import EmulationSpec
 from cluster.planning.emulator import emulate
+from cluster.planning.forked import forked
 from cluster.planning.trace import Trace
 from engine.errors import ConfigError
 
@@ -72,9 +72,8 @@ def find_goodput(
     first = 1.0 if start_rps is None else start_rps / trace.rate_rps
     if processes == 1:
         return _search(lambda scales: [probe(scale) for scale in scales], first, target, tolerance, 1)
-    # Forked, so that the spec and the trace reach the others as they are: a cost model need not be picklable.
-    with multiprocessing.get_context("fork").Pool(processes, _adopt, (probe,)) as pool:
-        return _search(partial(pool.map, _run_adopted, chunksize=1), first, target, tolerance, processes)
+    with forked(probe, processes) as probes:
+        return _search(lambda scales: list(probes(scales)), first, target, tolerance, processes)
 
 
 class _Tried:
@@ -139,17 +138,3 @@ def _probe(spec: EmulationSpec, trace: Trace, target: float, min_span_s: float, 
     span_s = scaled.arrivals_s[-1] - scaled.arrivals_s[0]
     times = max(1, -(-min_span_s // span_s))
     return emulate(spec, scaled.repeated(int(times)), stop_below=target)
-
-
-_adopted: Callable[[float], EmulationResult] | None = None
-
-
-def _adopt(probe: Callable[[float], EmulationResult]) -> None:
-    """In a forked process: what to run there."""
-    global _adopted
-    _adopted = probe
-
-
-def _run_adopted(scale: float) -> EmulationResult:
-    assert _adopted is not None, "the process was started by find_goodput"
-    return _adopted(scale)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
+from cluster.planning.arrivals import arrivals
 from cluster.planning.bounds import colocated_bound, decode_bound, lengths_of, prefill_bound
 from cluster.planning.emulated_judge import EmulatedJudge, timed
 from cluster.planning.plan import PlanSpec, Question
@@ -40,13 +43,17 @@ def test_plans_whole_on_three_gpus() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_phase_alone_comes_near_its_bound_and_not_beyond(phase: str) -> None:
-    """The other phase is for free, so only this one's objective can be missed."""
-    spec, cost, lengths = a_spec(), slow_cost_of("test", Parallel(1)), lengths_of(TRACE)
+    """The other phase is for free, so only this one's objective can be missed. The bounds are of Poisson arrivals, in
+    the long run: evenly spaced requests bear more."""
+    long = small_trace(400, prompt=400, output=12)
+    trace = long.arriving(arrivals(1.0, len(long), "poisson", 1.0, random.Random(5)))
+    spec = small_spec(objectives=OBJECTIVES, requests=len(trace))
+    cost, lengths = slow_cost_of("test", Parallel(1)), lengths_of(trace)
     if phase == "prefill":
         bound = prefill_bound(cost, lengths, OBJECTIVES.ttft_s, spec.target)
     else:
         bound = decode_bound(cost, lengths, OBJECTIVES.tpot_s, spec.target)
-    judge = EmulatedJudge(spec, TRACE, slow_cost_of)
+    judge = EmulatedJudge(spec, trace, slow_cost_of)
     (judged,) = judge([Question(ONE, phase, bound.rps, LINKS.nvlink_bytes_s)])  # type: ignore[arg-type]
     assert 0.5 * bound.rps < judged.goodput_rps <= bound.rps
 

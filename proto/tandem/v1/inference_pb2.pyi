@@ -298,7 +298,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +314,8 @@ class WorkerStatus(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     COST_ERROR_MEDIAN_FIELD_NUMBER: _ClassVar[int]
     COST_ERROR_P90_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SCALE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SCALE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -329,4 +331,6 @@ class WorkerStatus(_message.Message):
     steps: int
     cost_error_median: float
     cost_error_p90: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ...) -> None: ...
+    prefill_scale: float
+    decode_scale: float
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ...) -> None: ...
