@@ -46,13 +46,14 @@ from cluster.loadtest.prompts import RandomWords
 from cluster.loadtest.results import describe
 from cluster.loadtest.tandem_target import TandemTarget
 from cluster.planning.trace import TraceRequest
+from engine.objectives import NO_OBJECTIVES, Objectives
 
 SERVE_VLLM = ROOT.parent / "shared" / "peers" / "serve_vllm.py"
 PAIRS = ("1500,90", "2500,60", "3000,200")
 RATES = "0.6,0.8,1,1.2,1.4,1.6,1.8,2,2.4,2.8,3.2"
 # Text may be empty while a character is incomplete; a token has come all the same, as with Tandem.
 VLLM_BODY = {"return_token_ids": True}
-TANDEM = "Tandem"
+TANDEM, TOGETHER, APART = "Tandem", "vLLM colocated", "vLLM 1P+1D"
 GOAL = 1.3
 ITL_GOAL = 2.0
 
@@ -63,6 +64,8 @@ class Arguments(argparse.Namespace):
     hf_folder: str
     config: Path
     rates: str
+    rates_of: list[str] | None
+    stop_below: float
     slo: list[str] | None
     n: int
     seeds: int
@@ -82,16 +85,38 @@ def arms_of(arguments: Arguments) -> list[Arm]:
     ours = tandem_server(arguments.config.resolve())
     return [
         Arm(
-            "vLLM colocated",
+            TOGETHER,
             partial(running, together),
             lambda url: OpenAITarget("co", url, extra_body=VLLM_BODY),
             acts=False,
+            rates_rps=rates_of(arguments, TOGETHER),
         ),
         Arm(
-            "vLLM 1P+1D", partial(running, apart), lambda url: OpenAITarget("pd", url, extra_body=VLLM_BODY), acts=False
+            APART,
+            partial(running, apart),
+            lambda url: OpenAITarget("pd", url, extra_body=VLLM_BODY),
+            acts=False,
+            rates_rps=rates_of(arguments, APART),
         ),
-        Arm(TANDEM, partial(running, ours), lambda address: TandemTarget("tandem", address), acts=True),
+        Arm(
+            TANDEM,
+            partial(running, ours),
+            lambda address: TandemTarget("tandem", address),
+            acts=True,
+            rates_rps=rates_of(arguments, TANDEM),
+        ),
     ]
+
+
+def rates_of(arguments: Arguments, arm: str) -> dict[Objectives, list[float]]:
+    found = {}
+    for text in arguments.rates_of or []:
+        name, _, rates = text.partition("=")
+        name, _, pair = name.partition("@")
+        if name == arm:
+            told = pairs_of([pair])[0] if pair else NO_OBJECTIVES
+            found[told] = [float(rate) for rate in rates.split(",")]
+    return found
 
 
 def turns_of(arguments: Arguments, arms: Sequence[Arm]) -> Turns:
@@ -103,6 +128,7 @@ def turns_of(arguments: Arguments, arms: Sequence[Arm]) -> Turns:
         range(arguments.seeds),
         Load((row,) * arguments.n, Process(arguments.n)),
         lambda run: RandomWords(),
+        stop_below=arguments.stop_below,
     )
 
 
@@ -153,6 +179,13 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser.add_argument("--hf-folder", required=True, help="the model as a Hugging Face folder")
     parser.add_argument("--config", type=Path, required=True, help="the same model, float32, for tandem serve")
     parser.add_argument("--rates", default=RATES)
+    parser.add_argument(
+        "--rates-of",
+        action="append",
+        metavar="ARM[@TTFT_MS,TPOT_MS]=R,R,…",
+        help="an arm's own rates, Tandem's under one pair of objectives",
+    )
+    parser.add_argument("--stop-below", type=float, default=0.6, help="attainment that ends an arm's rates")
     parser.add_argument("--slo", action="append", metavar="TTFT_MS,TPOT_MS")
     parser.add_argument("--n", type=int, default=150, help="requests of each run")
     parser.add_argument("--seeds", type=int, default=3)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.report import stamp, table
-from cluster.command_plan import links_of, print_judged, worker_costs
+from cluster.commands.plan import links_of, print_judged, worker_costs
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.bounds import lengths_of
 from cluster.planning.cost_model import CostModel, cost_model

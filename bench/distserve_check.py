@@ -22,7 +22,7 @@ from typing import Any
 from bench.distserve_rules import best_rate_rps
 from bench.report import stamp, table
 from bench.sharegpt_lengths import PROMPT_SIGMA, as_trace, mean, sharegpt_like
-from cluster.command_plan import DISTSERVE_LINKS, make_plan, print_judged, worker_costs
+from cluster.commands.plan import DISTSERVE_LINKS, make_plan, print_judged, worker_costs
 from cluster.planning.arrangement import Arrangement, Parallel, Pool
 from cluster.planning.emulated_judge import EmulatedJudge, timed
 from cluster.planning.plan import Arm, Judgement, Plan, PlanSpec, Question

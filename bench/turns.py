@@ -12,9 +12,9 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.engine_processes import ArmFailed
@@ -36,12 +36,14 @@ UNLOADED_REQUESTS = 5
 @dataclass(frozen=True, slots=True)
 class Arm:
     """`start` runs the server while its context lasts, and gives its address; `target` makes the client of one. `acts`:
-    it is told the objectives, and may act on them."""
+    it is told the objectives, and may act on them. `rates_rps`: its own rates under some
+    objectives that it is told (NO_OBJECTIVES for one that is told none), where they are not those of all."""
 
     name: str
     start: Callable[[], AbstractAsyncContextManager[str]]
     target: Callable[[str], Target]
     acts: bool
+    rates_rps: Mapping[Objectives, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,15 @@ class Turns:
     pause_s: float = 2.0
     clock: Clock = time.perf_counter
     stop_below: float = 0.6
+
+    @property
+    def all_rates_rps(self) -> list[float]:
+        """Every rate that some arm is tried at."""
+        own = (rate for arm in self.arms for rates in arm.rates_rps.values() for rate in rates)
+        return sorted({*self.rates_rps, *own})
+
+    def rates_of(self, arm: Arm, told: Objectives) -> list[float]:
+        return sorted(arm.rates_rps.get(told, self.rates_rps))
 
 
 class Store:
@@ -168,7 +179,7 @@ async def _rates(
     judged: Sequence[Objectives],
     say: Say,
 ) -> None:
-    for rate_rps in sorted(turns.rates_rps):
+    for rate_rps in turns.rates_of(arm, told):
         cell = Cell(arm.name, seed, rate_rps, told)
         if cell not in store.cells:
             # Arms get the same requests, and one that runs once for each pair gets new prompts for each.
@@ -190,7 +201,7 @@ def _judges(turns: Turns, arm: Arm) -> list[tuple[Objectives, Sequence[Objective
 
 def _is_done(turns: Turns, store: Store, arm: Arm, seed: int) -> bool:
     for told, judged in _judges(turns, arm):
-        for rate_rps in sorted(turns.rates_rps):
+        for rate_rps in turns.rates_of(arm, told):
             records = store.cells.get(Cell(arm.name, seed, rate_rps, told))
             if records is None:
                 return False

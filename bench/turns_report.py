@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.engine_processes import ArmFailed
+from bench.plots import Panel, draw_panels, image
 from bench.report import stamp, table, write_section
 from bench.turns import Arm, Store, Turns, take_turns
 from cluster.loadtest.point import Point
@@ -43,9 +44,23 @@ def publish(turns: Turns, folder: Path, page: Callable[[Turns, Store], str], sec
     text = page(turns, store)
     (folder / "results.json").write_text(json.dumps(as_json(turns, store)) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    draw_panels(panels_of(turns, store), folder / "attainment.png")
     print(text)
     if section:
-        write_section(section, f"{text}\n\n{stamp(f'{os.cpu_count()} CPUs')}")
+        picture = image(section, panels_of(turns, store), "attainment against rate")
+        write_section(section, f"{text}\n\n{picture}\n\n{stamp(f'{os.cpu_count()} CPUs')}")
+
+
+def panels_of(turns: Turns, store: Store) -> list[Panel]:
+    """Attainment against rate, a panel for each pair of objectives."""
+    panels = []
+    for pair in turns.pairs:
+        lines = {
+            arm.name: [(point.rate_rps, point.attainment) for point in points_of(turns, store, arm, pair)]
+            for arm in turns.arms
+        }
+        panels.append(Panel(describe(pair), lines))
+    return panels
 
 
 def best_rate(turns: Turns, store: Store, arm: Arm, objectives: Objectives) -> float:
@@ -57,7 +72,7 @@ def best_rate(turns: Turns, store: Store, arm: Arm, objectives: Objectives) -> f
 def points_of(turns: Turns, store: Store, arm: Arm, objectives: Objectives) -> list[Point]:
     """Those that all seeds have run, by rate. Rates that a seed did not reach, because a lower one had failed, are
     missing."""
-    found = (store.point(arm, rate_rps, objectives, turns.seeds) for rate_rps in sorted(turns.rates_rps))
+    found = (store.point(arm, rate_rps, objectives, turns.seeds) for rate_rps in turns.all_rates_rps)
     return [point for point in found if point is not None]
 
 
@@ -71,7 +86,7 @@ def is_split(record: Record) -> bool:
 def attainment_table(turns: Turns, store: Store, objectives: Objectives) -> str:
     """Rates down, arms across: the share of all requests, and of each seed's in brackets."""
     rows = []
-    for rate_rps in sorted(turns.rates_rps):
+    for rate_rps in turns.all_rates_rps:
         row = [f"{rate_rps:g}"]
         for arm in turns.arms:
             point = store.point(arm, rate_rps, objectives, turns.seeds)

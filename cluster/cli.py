@@ -19,11 +19,11 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from cluster.cli_bench import bench_command
-from cluster.cli_planning import emulate_command, plan_command
+from cluster.commands.cli_bench import bench_command
+from cluster.commands.cli_planning import emulate_command, plan_command
+from cluster.commands.running import Stopped, run
 from cluster.environment import quiet_libraries, read_environment
 from cluster.host_port import require_host_port
-from cluster.running import Stopped, run
 from engine.errors import ConfigError, TandemError
 
 ERROR_EXIT_CODE = 2
@@ -97,7 +97,7 @@ def serve(
     flags = {"--model": model, "--prefill": prefill, "--decode": decode, "--colocated": colocated, "--router": router}
     loaded = load(config, {**flags, "--address": address, "--grpc-port": grpc_port})
 
-    from cluster.command_serve import serve as keep_serving
+    from cluster.commands.serve import serve as keep_serving
 
     try:
         run(keep_serving(loaded))
@@ -123,8 +123,8 @@ def generate(
     model: ModelOption = None,
 ) -> None:
     """Answers a prompt, or a file of prompts sent all at once. --config and --model are for --local."""
-    from cluster.command_generate import generate as send_all
-    from cluster.command_generate import sampling_params
+    from cluster.commands.generate import generate as send_all
+    from cluster.commands.generate import sampling_params
     from cluster.prompt_file import from_text, read_prompt_file
 
     require_host_port("--url", url)
@@ -140,9 +140,9 @@ def generate(
         run(send_all(lines, url, params, as_json=as_json))
         return
 
-    from cluster.command_generate import print_json, print_plain
+    from cluster.commands.generate import print_json, print_plain
+    from cluster.commands.local_generate import generate_locally
     from cluster.config import load
-    from cluster.local_generate import generate_locally
 
     results = run(generate_locally(lines, params, load(config, {"--model": model}), _say))
     if as_json:
@@ -155,7 +155,7 @@ def generate(
 @app.command()
 def status(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """Shows the workers, their load and their KV blocks."""
-    from cluster.command_status import status as show
+    from cluster.commands.status import status as show
 
     run(show(require_host_port("--url", url), as_json=as_json))
 
@@ -182,7 +182,7 @@ def worker(
     require_host_port("--gateway", gateway)
     spec = WorkerSpec(role.value, worker_id or f"{role.value}-{os.getpid()}", gateway, host, port)
 
-    from cluster.command_worker import work
+    from cluster.commands.worker import work
 
     try:
         run(work(spec, loaded, incarnation=incarnation, has_lifeline=lifeline))
@@ -197,7 +197,7 @@ def demo(model: ModelOption = None, address: AddressOption = None) -> None:
 
     loaded = load(None, {"--model": model, "--address": address, "--grpc-port": 0})
 
-    from cluster.demo import show_demo
+    from cluster.commands.demo import show_demo
 
     run(show_demo(loaded))
 
@@ -223,7 +223,7 @@ def profile(
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Decides the order of the steps.")] = 0,
 ) -> None:
     """Measures the steps of the engine on this device, and writes what predicts them."""
-    from cluster.command_profile import profile as measure
+    from cluster.commands.profile import profile as measure
     from cluster.config import load
 
     loaded = load(config, {"--model": model})

@@ -5,6 +5,7 @@ A choice that is to have a token every `tpot_s` on average has a time at which e
     first token ── tpot ──▶ due ── tpot ──▶ due ── …        its own tokens may be ahead of that, or behind
 
 What it is ahead is slack: a step may take as long as the least slack of those in it, and longer than one `tpot_s`.
+With a prompt's chunk in it, it may take as long as they can make up for with their next few tokens.
 While all running choices together meet that, they all run. When they do not, leaving out some makes the step shorter
 for the others. Leaving out those in turn would slow down everybody, since a step's fixed cost is paid more often per
 token. So whoever is in time stays so, and the others get what is left:
@@ -33,6 +34,10 @@ MARGIN = 0.95
 # Who has been without a token for longer than this, and longest of all, goes first.
 MAX_PAUSE_S = 1.0
 
+# A prompt's chunk may hold up rows that will be in time again after so many tokens. An answer that ends before that
+# has missed, so it is a small part of a usual one.
+REPAY_TOKENS = 16
+
 AGE = attrgetter("age")
 LAST_TOKEN_S = attrgetter("last_token_s")
 
@@ -57,7 +62,7 @@ def select(choices: Sequence[Choice], cost: StepCost | None, max_rows: int, now:
     whole_s, alone_s = cost.step_s(work), cost.step_s(StepWork((), 1, 1))
     limit_s, tightest_s = _limits(choices, alone_s, now, ahead)
     if whole_s <= limit_s and len(choices) <= max_rows:
-        return Selection(list(choices), work, limit_s, tightest_s)
+        return Selection(list(choices), work, max(limit_s, _debt_s(choices, whole_s, now, ahead)), tightest_s)
     order = sorted(choices, key=lambda choice: (_tier(choice, whole_s, alone_s, now, ahead), choice.age))
     paused = min(order, key=LAST_TOKEN_S)
     if now - paused.last_token_s > MAX_PAUSE_S:
@@ -67,6 +72,17 @@ def select(choices: Sequence[Choice], cost: StepCost | None, max_rows: int, now:
     chosen = sorted(order[:count], key=AGE)
     limit_s, _ = _limits(chosen, alone_s, now, ahead)
     return Selection(chosen, _work(chosen), limit_s, 0.0)
+
+
+def _debt_s(choices: Sequence[Choice], step_s: float, now: float, ahead: int) -> float:
+    """How long a step may take if each is to be in time again after its next few tokens, in steps of `step_s`."""
+    least_s = math.inf
+    for choice in choices:
+        if choice.tpot_s is None:
+            continue
+        tokens = min(REPAY_TOKENS, choice.max_length - len(choice.token_ids) - ahead)
+        least_s = min(least_s, due_s(choice, ahead) - now + (tokens - 1) * (choice.tpot_s - step_s))
+    return MARGIN * least_s
 
 
 def due_s(choice: Choice, ahead: int = 0) -> float:

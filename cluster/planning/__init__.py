@@ -1,1 +1,1 @@
-"""Runs the production code in virtual time: the clock, and (later) the emulator and the placement search."""
+"""What a step costs, and what follows from it: cost models, the emulator on its virtual clock, the placement search."""

@@ -62,6 +62,11 @@ class Residuals:
         below, above = residuals[place - 1], residuals[place]
         return (place + (x - below) / (above - below)) / (count + 1)
 
+    @property
+    def largest(self) -> float:
+        """The largest ratio of actual to predicted, with room: what is within it is as good as certain."""
+        return math.exp(self._sorted[-1] + 4.0 * TAIL)
+
     def quantile(self, share: float) -> float:
         """The ratio of actual to predicted that this share of requests stays under."""
         place = min(len(self._sorted) - 1, int(share * len(self._sorted)))

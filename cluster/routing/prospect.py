@@ -24,14 +24,13 @@ from cluster.routing.query import Route, RouteQuery
 from cluster.routing.view import ClusterView
 from cluster.routing.worker_load import DecodeLoad, PrefillLoad
 
-# Decides between prospects that are equally good: a second of the request's own time, in requests.
-LATENCY_WORTH = 1e-4
-# Rows keep an even pace beside a prompt that is computed elsewhere: that is worth this part of its time.
-PACE_WORTH = 0.25
+# Decides between prospects that are equally good: a second of a request's time, its own or another's, in requests.
+LATENCY_WORTH = 1e-3
 # A decode worker that computes prompts all the time still decodes.
 MOST_LOCAL_SHARE = 0.9
-# Running rows have half of their answer behind them: what comes now decides only the rest of their TPOT.
-PAST = 0.5
+# Of a worker's rows, so many are looked at; and an answer that is longer than expected has this part of it to come.
+ROWS_LOOKED_AT = 12
+LEAST_LEFT = 0.2
 # What of the objectives can be promised away: this share of past requests kept to the prediction.
 PROMISE = 0.8
 # How full pools should be. A queue only has to keep its worker busy; a decode pool that is full is as slow as may be.
@@ -212,7 +211,7 @@ class Forecast:
             probability,
             prompt.loss + self.room_loss + self._row_loss(decode, before_s, after_s, added_s),
             self._price(kind, prompt, ttft_s, after_s, decode_work_s, decode),
-            ttft_s + exposed_s + answer * after_s + PACE_WORTH * added_s,
+            ttft_s + exposed_s + answer * after_s + max(1.0, state.rows) * added_s,
         )
 
     def _step_s(self, decode: DecodeLoad) -> float:
@@ -237,16 +236,32 @@ class Forecast:
         return max(0.0, self._costs.kv_bytes(tokens) / rate - prompt.work_s)
 
     def _row_loss(self, decode: DecodeLoad, before_s: float, after_s: float, added_s: float) -> float:
-        """How many of the worker's rows will miss their TPOT that would not have without this request."""
-        residuals = self._calibration.tpot
-        past_s = decode.report.stats.decode_step_s or before_s
-        without_s = PAST * past_s + (1.0 - PAST) * before_s
-        with_s = PAST * past_s + (1.0 - PAST) * after_s + added_s / self._view.answer_tokens
-        loss = 0.0
-        for limit_s, rows in decode.tpot_rows.items():
-            if math.isfinite(limit_s):
-                loss += rows * (residuals.probability(without_s, limit_s) - residuals.probability(with_s, limit_s))
-        return loss
+        """How many of the worker's rows will miss their TPOT that would not have without this request. What a row has
+        behind it is certain; what is to come may be as far off as predictions were lately."""
+        bookings = decode.sample(ROWS_LOOKED_AT)
+        if not bookings:
+            return 0.0
+        residuals, now, loss = self._calibration.tpot, self._now, 0.0
+        sure = residuals.largest
+        is_held_up = decode.backlog.wait_s(now) > 0
+        for booking in bookings:
+            limit_s = booking.tpot_objective_s
+            if limit_s == math.inf:
+                continue
+            answer = self._view.expected_answer(booking.query.answer_tokens)
+            if booking.first_s is None:
+                past_s, drawn = 0.0, 0.0
+            else:
+                past_s = now - booking.first_s
+                drawn = booking.drawn + (0.0 if is_held_up else (now - booking.drawn_s) / before_s)
+            left = max(answer - drawn, LEAST_LEFT * answer)
+            allowed_s = limit_s * (drawn + left) - past_s
+            with_s = left * after_s + added_s
+            if with_s * sure < allowed_s:
+                continue
+            without = residuals.probability(left * before_s, allowed_s)
+            loss += booking.query.rows * (without - residuals.probability(with_s, allowed_s))
+        return loss * decode.booking_count / len(bookings)
 
     def _price(
         self, kind: Kind, prompt: Prompt, ttft_s: float, after_s: float, decode_work_s: float, decode: DecodeLoad
@@ -265,7 +280,7 @@ class Forecast:
 
     def _asks(self, price: ShadowPrice, fill: float, work_s: float) -> float:
         self._asked[price] = min(self._asked.get(price, (fill, work_s)), (fill, work_s))
-        return work_s * price.per_second(fill)
+        return price.of(work_s, fill)
 
     def teach_prices(self) -> None:
         """Call when all candidates have been judged, once for each request."""

@@ -125,7 +125,7 @@ class ClusterView:
 
     def first_token(self, booking: Booking, now: float) -> None:
         """Call once, when the request's first token is here."""
-        booking.first_s = now
+        booking.first_s = booking.drawn_s = now
         route = booking.route
         prefill = self.prefills.get(route.prefill_id)
         if prefill is not None:

@@ -56,14 +56,13 @@ class DecodeLoad:
         "backlog",
         "links",
         "report",
-        "tpot_rows",
     )
 
     def __init__(self, report: WorkerReport) -> None:
         self.report = report
         self.backlog = Backlog()
         self.links: dict[str, float] = {}
-        self._bookings: set[Booking] = set()
+        self._bookings: dict[Booking, None] = {}
         # Rows with a first token: their number, prompts and start times, as sums.
         self._running = 0
         self._prompt_tokens = 0
@@ -75,8 +74,6 @@ class DecodeLoad:
         # Rows that other gateways sent here.
         self._other_rows = 0
         self._other_tokens = 0
-        # All own rows by their TPOT objective.
-        self.tpot_rows: dict[float, int] = {}
         self._local_share = 0.0
         self._local_share_s = 0.0
 
@@ -107,12 +104,10 @@ class DecodeLoad:
         self._other_tokens = stats.context_tokens * self._other_rows // stats.running if self._other_rows else 0
 
     def book(self, booking: Booking, now: float) -> None:
-        self._bookings.add(booking)
+        self._bookings[booking] = None
         insort(self._joining, booking.expected_first_s)
         self._joining_rows += booking.query.rows
         self._joining_tokens += booking.tokens
-        objective_s = booking.tpot_objective_s
-        self.tpot_rows[objective_s] = self.tpot_rows.get(objective_s, 0) + booking.query.rows
         if booking.route.is_local:
             self.backlog.book(booking, now)
             self._local_share = self.local_share(now) + booking.route.taken_s / LOCAL_SHARE_S
@@ -133,13 +128,10 @@ class DecodeLoad:
     def end(self, booking: Booking, now: float) -> None:
         if booking not in self._bookings:
             return
-        self._bookings.remove(booking)
+        del self._bookings[booking]
         if booking.route.is_local:
             self.backlog.leave(booking, now)
-        rows, objective_s = booking.query.rows, booking.tpot_objective_s
-        self.tpot_rows[objective_s] -= rows
-        if not self.tpot_rows[objective_s]:
-            del self.tpot_rows[objective_s]
+        rows = booking.query.rows
         if booking.first_s is None:
             self._unjoin(booking)
             return
@@ -166,6 +158,11 @@ class DecodeLoad:
         """Slots that are left once all that is on its way has its blocks, and what runs has grown by half an answer."""
         held = self._running_tokens(now, step_s, answer_tokens) + self._joining_tokens
         return self.capacity_tokens - held - 0.5 * answer_tokens * self.row_count
+
+    def sample(self, count: int) -> list[Booking]:
+        """Own requests: all, or about `count` of them, evenly picked in order of their booking."""
+        bookings = list(self._bookings)
+        return bookings[:: -(-len(bookings) // count)] if len(bookings) > count else bookings
 
     def local_share(self, now: float) -> float:
         """Share of its time that the worker lately spent on prompts of its own."""

@@ -11,7 +11,7 @@ from tandem.v1.inference_pb2 import GetStatusResponse, Receipt, WorkerStatus
 
 from cluster.calls import plain
 from cluster.cli import run_command
-from cluster.command_serve import command_to_try
+from cluster.commands.serve import command_to_try
 
 NOBODY = "127.0.0.1:9"
 

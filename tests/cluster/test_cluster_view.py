@@ -60,7 +60,7 @@ def test_rows_join_at_their_first_token_and_leave_at_their_end() -> None:
     assert bench.view.on_its_way("d") == 1
     assert bench.view.on_its_way("p") == 0
     bench.view.end(booking, NOW + 1.0)
-    assert (load.row_count, load.token_count, load.tpot_rows) == (0, 0, {})
+    assert (load.row_count, load.token_count, load.sample(9)) == (0, 0, [])
 
 
 def test_running_rows_are_expected_to_end_with_the_mean_answer() -> None:
@@ -202,7 +202,7 @@ def check(bench: Bench, world: World, now: float) -> None:
     for name, decode in view.decodes.items():
         own = [b for b in world.bookings if b.route.decode_id == name]
         assert (decode.row_count, decode.token_count) == (len(own), sum(b.tokens for b in own))
-        assert sum(decode.tpot_rows.values()) == len(own)
+        assert set(decode.sample(len(own) + 1)) == set(own)
         rows = len(own)
         if name in usable and name.startswith("d"):
             tokens = decode.token_count + 0.5 * view.answer_tokens * rows

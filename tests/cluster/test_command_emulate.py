@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.command_emulate import run
+from cluster.commands.emulate import run
 from cluster.planning.options import EmulateOptions
 from engine.errors import ConfigError, TandemError
 

@@ -126,11 +126,19 @@ def prompt(number: int, tokens: int) -> tuple[int, ...]:
 
 
 def test_a_chunk_is_as_long_as_the_running_choice_can_afford() -> None:
-    # The step must end within 95 % of the time: 11 ms for the row, 1 ms a token.
-    for tpot_s, tokens in ((1.0, 32), (0.040, 24), (0.030, 16), (0.021, 8), (0.016, 4)):
+    # A step takes 11 ms for the row and 1 ms a token. What it holds the row up for, the row must have made up for by
+    # its 16th token, in steps without a prompt: 15 times the pace less 11 ms.
+    for tpot_s, tokens in ((1.0, 32), (0.0125, 20), (0.0118, 8), (0.012, 12)):
         desk = desk_with(tpot_s)
         desk.submit(prompt(1, 60))
         assert chunks(desk.schedule()) == [("r2/0", 0, tokens)]
+
+
+def test_a_choice_that_ends_soon_has_fewer_tokens_to_make_up_for_a_chunk_with() -> None:
+    last = select([choice(0, 0.0125, tokens=98)], COST, 64, 97 * 0.0125)
+    assert last.limit_s == pytest.approx(MARGIN * (0.0125 + 0.0015))
+    early = select([choice(0, 0.0125, tokens=50)], COST, 64, 49 * 0.0125)
+    assert early.limit_s == pytest.approx(MARGIN * (0.0125 + 15 * 0.0015))
 
 
 def test_slack_that_a_choice_has_saved_up_is_used() -> None:

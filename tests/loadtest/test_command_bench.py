@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.command_bench import bench
+from cluster.commands.bench import bench
 from cluster.loadtest.options import BenchOptions, make_load, make_plan, make_targets
 from engine.errors import ConfigError
 from tests.loadtest.fake_openai import completion, openai_server

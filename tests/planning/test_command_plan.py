@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.command_plan import DISTSERVE_LINKS, links_of, run
+from cluster.commands.plan import DISTSERVE_LINKS, links_of, run
 from cluster.config import load
 from cluster.planning.options import PlanOptions
 from engine.errors import ConfigError

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.command_profile import parse_cpus, profile
+from cluster.commands.profile import parse_cpus, profile
 from cluster.config import TandemConfig
 from cluster.planning.cost_model import cost_model
 from cluster.planning.measure import Measurement, batch_of, typical

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from typer import Option
 
-from cluster.flags import command_of
+from cluster.commands.flags import command_of
+from cluster.commands.running import run
 from cluster.loadtest.options import BenchOptions
-from cluster.running import run
 
 FLAGS = {
     "url": Option("--url", metavar="U", help="A Tandem (HOST:PORT) or any OpenAI-compatible server (http://…/v1)."),
@@ -53,7 +53,7 @@ def bench_command() -> Callable[..., None]:
 
     def bench(options: BenchOptions) -> None:
         """Sends load to running services, open loop, and says which share of it met its objectives."""
-        from cluster.command_bench import bench as measure
+        from cluster.commands.bench import bench as measure
 
         run(measure(options))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from typer import Option
 
-from cluster.flags import command_of
+from cluster.commands.flags import command_of
 from cluster.planning.options import EmulateOptions, PlanOptions
 
 JSON = Option("--json", help="Print one JSON object.")
@@ -74,7 +74,7 @@ def emulate_command() -> Callable[..., None]:
 
     def emulate(options: EmulateOptions) -> None:
         """Replays a trace against a cluster on paper, in virtual time: the production code on a cost model."""
-        from cluster.command_emulate import run
+        from cluster.commands.emulate import run
 
         run(options)
 
@@ -86,7 +86,7 @@ def plan_command() -> Callable[..., None]:
 
     def plan(options: PlanOptions) -> None:
         """Finds the arrangement of so many GPUs that carries most requests within their objectives."""
-        from cluster.command_plan import run
+        from cluster.commands.plan import run
 
         run(options)
 

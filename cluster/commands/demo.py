@@ -12,9 +12,9 @@ from rich.live import Live
 from tandem.client import Client, Sampling
 
 from cluster.calls import Result, RunningRequest
-from cluster.command_generate import raise_first
+from cluster.commands.demo_screen import Lines, Pane, SideBySide, receipt_table
+from cluster.commands.generate import raise_first
 from cluster.config import TandemConfig
-from cluster.demo_screen import Lines, Pane, SideBySide, receipt_table
 from cluster.progress import Progress
 from cluster.prompt_file import PromptLine
 from cluster.service import running_service
@@ -45,7 +45,7 @@ async def show_demo(config: TandemConfig) -> None:
 
 def demo_prompts() -> list[PromptLine]:
     """A chat question, a piece of code to complete, and a scene of some 3,000 tokens to sum up."""
-    folder = files("cluster") / "demo_prompts"
+    folder = files("cluster.commands") / "demo_prompts"
     lines = []
     for title, name, is_chat, max_tokens in REQUESTS:
         text = (folder / name).read_text(encoding="utf-8")

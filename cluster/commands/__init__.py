@@ -1,0 +1,1 @@
+"""What `tandem` does, a file for each command; cluster/cli.py says which words and flags lead here."""
