@@ -1,8 +1,10 @@
-"""The gateway's queue: at most so many requests run, at most so many wait, first come first served."""
+"""The gateway's queue: at most so many requests run, at most so many wait. Whose first token is due first goes first;
+one without an objective counts as due `PATIENCE_S` after it came, so that nobody starves."""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +17,9 @@ from engine.running_average import RunningAverage
 FIRST_GUESS_S = 1.0
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
+PATIENCE_S = 30.0
+
+Ticket = asyncio.Future[None]
 
 
 class Admission:
@@ -23,13 +28,16 @@ class Admission:
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self._queue: dict[asyncio.Future[None], None] = {}
+        # In order of (due, number of its entry). Those that left stay until their turn comes.
+        self._order: list[tuple[float, int, Ticket]] = []
+        self._waiting: set[Ticket] = set()
+        self._entered = 0
         self._held_s = RunningAverage()
         self.running_count = 0
 
     @property
     def waiting_count(self) -> int:
-        return len(self._queue)
+        return len(self._waiting)
 
     @asynccontextmanager
     async def place(self, deadline_s: float | None, due_s: float = math.inf) -> AsyncIterator[None]:
@@ -51,39 +59,44 @@ class Admission:
     async def _wait(self, deadline_s: float | None, due_s: float) -> None:
         limit_s = due_s if deadline_s is None else min(due_s, deadline_s)
         try:
-            await within(limit_s if math.isfinite(limit_s) else None, "gateway queue", self._enter())
+            await within(limit_s if math.isfinite(limit_s) else None, "gateway queue", self._enter(due_s))
         except DeadlineExceeded:
             if limit_s == deadline_s:
                 raise
             reason = "the objective for the first token passed in the gateway's queue"
             raise Overloaded(reason, self._retry_after_s()) from None
 
-    async def _enter(self) -> None:
-        if len(self._queue) >= self._max_waiting:
-            raise Overloaded(f"{len(self._queue)} requests wait at the gateway already", self._retry_after_s())
-        ticket = asyncio.get_running_loop().create_future()
-        self._queue[ticket] = None
+    async def _enter(self, due_s: float) -> None:
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests wait at the gateway already", self._retry_after_s())
+        loop = asyncio.get_running_loop()
+        ticket = loop.create_future()
+        self._entered += 1
+        heapq.heappush(self._order, (min(due_s, loop.time() + PATIENCE_S), self._entered, ticket))
+        self._waiting.add(ticket)
         called = False
         try:
             await ticket
             called = True
         finally:
             if not called:
-                self._queue.pop(ticket, None)
+                self._waiting.discard(ticket)
                 # Called and cancelled in the same moment: the place is ours and must go on to the next.
                 if ticket.done() and not ticket.cancelled():
                     self._leave()
 
     def _leave(self) -> None:
-        for ticket in list(self._queue):
-            del self._queue[ticket]
-            if not ticket.done():
+        while self._order:
+            _, _, ticket = heapq.heappop(self._order)
+            if ticket in self._waiting and not ticket.done():
+                self._waiting.remove(ticket)
                 ticket.set_result(None)
                 return
+            self._waiting.discard(ticket)
         self.running_count -= 1
         assert self.running_count >= 0, "a place was given back twice"
 
     def _retry_after_s(self) -> float:
         """Until all that wait now have got a place, at the pace of the last requests."""
         held_s = self._held_s.value or FIRST_GUESS_S
-        return min(max(MIN_RETRY_S, round(len(self._queue) * held_s / self._max_running, 1)), MAX_RETRY_S)
+        return min(max(MIN_RETRY_S, round(len(self._waiting) * held_s / self._max_running, 1)), MAX_RETRY_S)

@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 class Scaling(Protocol):
     """Of cluster.fleet.Fleet, what is used here."""
 
+    def has(self, worker_id: str) -> bool: ...
+
     async def add(self, role: Role) -> str: ...
 
     async def remove(self, worker_id: str) -> None: ...
@@ -153,9 +155,11 @@ class ControllerLoop:
         decodes = [worker.report.stats for worker in known if worker.report.role == "decode"]
         if not flexible or not decodes:
             return ()
+        # A worker measures what it does: of the other role it has nothing to say.
+        prefills = [worker.report.stats for worker in known if worker.report.role == "prefill"] or flexible
         scales = (
-            sum(stats.prefill_scale for stats in flexible) / len(flexible),
-            sum(stats.decode_scale for stats in flexible) / len(flexible),
+            sum(stats.prefill_scale for stats in prefills) / len(prefills),
+            sum(stats.decode_scale for stats in decodes) / len(decodes),
         )
         kv_tokens = sum(stats.blocks_total * stats.block_size for stats in decodes) // len(decodes)
         state = ClusterState(
@@ -208,8 +212,10 @@ class ControllerLoop:
         if self._scaling is not None and self._scaling.done():
             self._scaling.result()
             self._scaling = None
-        if self._coming in known or now > self._coming_until_s:
-            self._coming = None
+        if self._coming is not None and self._fleet is not None:
+            is_gone = not self._fleet.has(self._coming)
+            if is_gone or self._coming in known or now > self._coming_until_s:
+                self._coming = None
         return self._scaling is not None or self._coming is not None
 
     async def _add(self, role: Role) -> None:
@@ -223,8 +229,11 @@ class ControllerLoop:
     async def _remove(self, role: Role, sight: Sight) -> None:
         assert self._fleet is not None
         now = asyncio.get_running_loop().time()
-        worker_id = least_busy([self._state(worker) for worker in sight.registry.fresh(role, now)], role)
+        # Workers that somebody started by hand are theirs to end.
+        own = [worker for worker in sight.registry.fresh(role, now) if self._fleet.has(worker.report.worker_id)]
+        worker_id = least_busy([self._state(worker) for worker in own], role)
         if worker_id is None:
+            self._give_up(f"no {role} worker can leave: those there are were not started by this service")
             return
         try:
             await self._fleet.remove(worker_id)

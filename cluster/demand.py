@@ -44,7 +44,8 @@ class Demand:
 
     `prompt_s`: mean seconds of a prompt alone; `residual_s`: E[s²]/E[s] of the same, which grows with their spread.
     `answer_s`: seconds of one worker that an answer takes. `rows`: sequences that one decode worker runs within TPOT.
-    `ttft_s` None: no such objective.
+    `ttft_s` None: no such objective. `mix`: which pool the work is for, as ln(prefill / decode) by the cost models as
+    they were: neither a flip nor what the workers learn of themselves can change it.
     """
 
     requests: int
@@ -55,11 +56,7 @@ class Demand:
     answer_s: float
     rows: int
     ttft_s: float | None
-
-    @property
-    def mix(self) -> float:
-        """Which pool the work is for, as ln(prefill / decode): what no flip can change."""
-        return math.log((self.prefill + 1e-9) / (self.decode + 1e-9))
+    mix: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +123,7 @@ class DemandMeter:
         context = math.fsum(answer * (prompt + answer / 2.0) for answer, prompt in answers) / max(tokens, 1e-9)
         tpot_s = _mean(arrival.tpot_s for arrival in arrivals)
         rows, token_s = self._batch(context, tpot_s, kv_tokens, scales[1])
+        _, plain_s = self._batch(context, tpot_s, kv_tokens, 1.0)
         return Demand(
             requests=len(arrivals),
             prefill=prompts_s / span_s,
@@ -135,6 +133,7 @@ class DemandMeter:
             answer_s=tokens * token_s / len(arrivals),
             rows=rows,
             ttft_s=_mean(arrival.ttft_s for arrival in arrivals),
+            mix=math.log((prompts_s / scales[0] / span_s + 1e-9) / (tokens * plain_s / span_s + 1e-9)),
         )
 
     def _batch(self, context: float, tpot_s: float | None, kv_tokens: int | None, scale: float) -> tuple[int, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections import deque
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -28,12 +29,14 @@ BATCH = 32
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """One request that waits. `give_up_s`: until when it waits for a worker that is not there."""
+    """One request that waits. `give_up_s`: until when it waits for a worker that is not there. `until_s` and `for_all`
+    are those of its last Defer."""
 
     query: RouteQuery
     booked: asyncio.Future[Booking]
     give_up_s: float
     until_s: float
+    for_all: bool
 
 
 class Dispatcher:
@@ -50,6 +53,8 @@ class Dispatcher:
         self._lead_s = lead_s
         self._waiters: dict[int, _Waiter] = {}
         self._tickets = count()
+        # Those that are still to be asked for in this round.
+        self._round: deque[int] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._is_called = False
         # True while those in front wait for any worker at all to become free.
@@ -68,7 +73,9 @@ class Dispatcher:
             return self._ledger.book(query, answer, now)
         if not isinstance(answer, Defer):
             raise _error(answer)
-        return await self._wait(replace(query, was_deferred=True), answer, deadline_s, now)
+        # Without a worker nothing was promised.
+        is_promised = math.isfinite(answer.until_s)
+        return await self._wait(replace(query, was_deferred=is_promised), answer, deadline_s, now)
 
     def news(self) -> None:
         """Something has changed at a worker."""
@@ -86,7 +93,7 @@ class Dispatcher:
     async def _wait(self, query: RouteQuery, defer: Defer, deadline_s: float | None, now: float) -> Booking:
         ticket = next(self._tickets)
         booked: asyncio.Future[Booking] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(query, booked, now + self._route_wait_s, defer.until_s)
+        waiter = _Waiter(query, booked, now + self._route_wait_s, defer.until_s, defer.for_all)
         self._waiters[ticket] = waiter
         self._view.waiting.enter(ticket, defer.latest_start_s, defer.work_s)
         self._all_are_busy = self._all_are_busy or defer.for_all
@@ -103,41 +110,71 @@ class Dispatcher:
                 self._ledger.end(booked.result(), asyncio.get_running_loop().time())
 
     def _ask_again(self) -> None:
+        """Asks for those that wait, least slack first, some of them in a turn of the loop."""
         self._is_called = False
         now = asyncio.get_running_loop().time()
         self._view.expire(now)
         if self._all_are_busy and not self._may_start(now):
+            self._round.clear()
             self._arm(self._waiters[self._view.waiting.first(1)[0]].until_s, now)
             return
         self._all_are_busy = False
+        if not self._round:
+            self._round.extend(self._view.waiting.first(len(self._view.waiting)))
         next_s = math.inf
-        for ticket in self._view.waiting.first(BATCH):
-            waiter = self._waiters[ticket]
-            if waiter.booked.done():
-                # Cancelled in this very turn of the loop.
+        for _ in range(min(BATCH, len(self._round))):
+            ticket = self._round.popleft()
+            waiter = self._waiters.get(ticket)
+            # Settled or cancelled since; or told to come again at a time that no news of a worker brings nearer.
+            if waiter is None or waiter.booked.done():
+                continue
+            if not waiter.for_all and now < waiter.until_s < math.inf:
+                next_s = min(next_s, waiter.until_s)
                 continue
             answer = self._router.route(waiter.query, self._view, now, self._rng)
-            if isinstance(answer, Defer):
-                if math.isinf(answer.until_s) and now >= waiter.give_up_s:
-                    problem = f"{answer.reason}; waited {self._route_wait_s:g} s for one"
-                    self._settle(ticket, Unavailable(problem))
-                    continue
-                waiter.until_s = answer.until_s
+            if isinstance(answer, Route):
+                self._settle(ticket, self._ledger.book(waiter.query, answer, now))
+            elif not isinstance(answer, Defer):
+                self._settle(ticket, _error(answer))
+            elif math.isinf(answer.until_s):
+                # There is no worker, for nobody.
+                next_s = self._wait_for_a_worker(answer.reason, now)
+                self._round.clear()
+                break
+            else:
+                self._put_off(ticket, waiter, answer)
                 next_s = min(next_s, answer.until_s, _latest_s(answer, now))
-                if math.isinf(answer.until_s):
-                    next_s = min(next_s, waiter.give_up_s)
                 if answer.for_all:
                     self._all_are_busy = True
+                    self._round.clear()
                     break
-            elif isinstance(answer, Route):
-                self._settle(ticket, self._ledger.book(waiter.query, answer, now))
-            else:
-                self._settle(ticket, _error(answer))
-        else:
+        if self._round:
             # Whoever is behind those is looked at in the next turn of the loop.
-            if len(self._view.waiting) > BATCH:
-                self.news()
+            self.news()
         self._arm(next_s, now)
+
+    def _put_off(self, ticket: int, waiter: _Waiter, defer: Defer) -> None:
+        """The router knows more of the request than when it came: its place in the order follows."""
+        waiter.query = replace(waiter.query, was_deferred=True)
+        waiter.until_s, waiter.for_all = defer.until_s, defer.for_all
+        self._view.waiting.leave(ticket)
+        self._view.waiting.enter(ticket, defer.latest_start_s, defer.work_s)
+
+    def _wait_for_a_worker(self, reason: str, now: float) -> float:
+        """Gives up for those that have waited for one for too long; when the next will have."""
+        next_s = math.inf
+        for ticket, waiter in list(self._waiters.items()):
+            if waiter.booked.done():
+                continue
+            if waiter.until_s < math.inf:
+                # There was one when it was asked for last.
+                waiter.until_s, waiter.for_all = math.inf, False
+                waiter.give_up_s = now + self._route_wait_s
+            if now >= waiter.give_up_s:
+                self._settle(ticket, Unavailable(f"{reason}; waited {self._route_wait_s:g} s for one"))
+            else:
+                next_s = min(next_s, waiter.give_up_s)
+        return next_s
 
     def _may_start(self, now: float) -> bool:
         """Whether asking could give another answer than the last time: it costs much more than this."""

@@ -28,6 +28,10 @@ class Fleet(Protocol):
         """Raises the TandemError of a worker that failed for good, of those that were there from the start."""
         ...
 
+    def has(self, worker_id: str) -> bool:
+        """Whether a worker is one of this fleet's, and has not failed for good."""
+        ...
+
     async def add(self, role: Role) -> str:
         """Starts one more worker; returns its id before it serves. One that fails for good is logged, and is no more.
         Raises ConfigError where there is no room."""

@@ -122,7 +122,6 @@ class Gateway:
         reach, Unavailable when no worker can be had or one is lost, DeadlineExceeded naming the phase, and whatever
         else the workers report.
         """
-        clock = asyncio.get_running_loop().time
         run = self._start(request)
         try:
             with self._own_id(request.request_id) as request_id:
@@ -134,7 +133,8 @@ class Gateway:
                         async with self._links.submit(booking.route.decode_address, submit) as mailbox:
                             with _deadline(run, mailbox):
                                 while run.done is None and not run.answer.was_cut:
-                                    chunk = self._take(run, booking, await anext(mailbox), clock())
+                                    event = await anext(mailbox)
+                                    chunk = self._take(run, booking, event, mailbox.came_s)
                                     if chunk is not None:
                                         yield chunk
                     finally:

@@ -17,10 +17,8 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -33,20 +31,20 @@ from cluster.config import TandemConfig, to_json
 from cluster.environment import worker_variables
 from cluster.fleet import Log
 from cluster.ray_address import check_reachable
+from cluster.ray_thread import RayThread
 from cluster.registry import Role
-from cluster.worker_config import ranks_of, worker_config
+from cluster.worker_config import most_ranks, ranks_of, worker_config
 from cluster.worker_spec import WorkerNames, WorkerSpec, worker_names
 from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
 # For a Ray of our own, which has its resources at once; a cluster may have to start machines first.
 PLACE_LOCAL_S = 20.0
+PLACE_POLL_S = 0.1
 # Nothing but a few small messages goes through Ray, so its object store stays near the least that it accepts.
 OBJECT_STORE_BYTES = 80 << 20
 RESTART_PAUSE_S = 0.5
 # After the workers' own time to finish what runs.
 KILL_AFTER_S = 5.0
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class RayFleet:
     def __init__(self, config: TandemConfig, log: Log) -> None:
         self._config = config
         self._log = log
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._ray = RayThread()
         self._groups: list[PlacementGroup] = []
         self._hands: dict[str, _Hand] = {}
         # Seats of workers that were removed.
@@ -90,17 +88,17 @@ class RayFleet:
     async def open(self) -> str:
         if self._config.cluster.is_remote:
             await check_reachable(self._config.cluster.address)
-            await self._call(self._join)
-            return str(await self._call(ray.util.get_node_ip_address))
-        await self._call(self._start_local)
+            await self._ray.call(self._join)
+            return str(await self._ray.call(ray.util.get_node_ip_address))
+        await self._ray.call(self._start_local)
         return "127.0.0.1"
 
     async def start(self, gateway: str) -> None:
         self._gateway = gateway
         names = worker_names(self._config.cluster)
         ranks = [ranks_of(self._config, role) for role, _ in names]
-        bundle = await self._call(self._bundle, sum(ranks))
-        group = await self._call(self._place, [bundle] * sum(ranks), ranks)
+        bundle = await self._ray.call(self._bundle, sum(ranks))
+        group = await self._place([bundle] * sum(ranks), ranks)
         firsts = itertools.accumulate(ranks, initial=0)
         for (role, worker_id), count, first in zip(names, ranks, firsts, strict=False):
             await self._seat(role, worker_id, _Seat(group, first, count, bundle))
@@ -111,13 +109,16 @@ class RayFleet:
         if self._failure is not None:
             raise self._failure
 
+    def has(self, worker_id: str) -> bool:
+        return worker_id in self._hands
+
     async def add(self, role: Role) -> str:
         ranks = ranks_of(self._config, role)
         seat = next((seat for seat in self._free if seat.ranks == ranks), None)
         if seat is None:
             there = sum(hand.seat.ranks for hand in self._hands.values())
-            bundle = await self._call(self._bundle, there + ranks)
-            seat = _Seat(await self._call(self._place, [bundle] * ranks, [ranks]), 0, ranks, bundle)
+            bundle = await self._ray.call(self._bundle, there + ranks)
+            seat = _Seat(await self._place([bundle] * ranks, [ranks]), 0, ranks, bundle)
         else:
             self._free.remove(seat)
         hand = await self._seat(role, self._names.next(role), seat, is_extra=True)
@@ -129,12 +130,12 @@ class RayFleet:
         if hand is None or hand.watcher is None:
             raise NotFound("worker", worker_id, ", ".join(self._hands))
         try:
-            await self._call(hand.leader.leave.remote)
+            await self._ray.call(hand.leader.leave.remote)
             await asyncio.wait([hand.watcher], timeout=self._config.cluster.controller.drain_limit_s + KILL_AFTER_S)
         finally:
             hand.watcher.cancel()
             await asyncio.gather(hand.watcher, return_exceptions=True)
-            await self._call(self._kill, hand)
+            await self._ray.call(self._kill, hand)
         self._free.append(hand.seat)
         self._log(f"worker {worker_id} has left")
 
@@ -142,23 +143,23 @@ class RayFleet:
         watchers = [hand.watcher for hand in self._hands.values() if hand.watcher is not None]
         try:
             for hand in self._hands.values():
-                await self._call(hand.leader.stop.remote)
+                await self._ray.call(hand.leader.stop.remote)
             if watchers:
                 await asyncio.wait(watchers, timeout=self._config.cluster.stop_timeout_s + KILL_AFTER_S)
         finally:
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
-            await self._call(self._leave)
-            self._thread.shutdown()
+            await self._ray.call(self._leave)
+            self._ray.close()
 
     async def _seat(self, role: Role, worker_id: str, seat: _Seat, *, is_extra: bool = False) -> _Hand:
         """Creates a worker's actors."""
         config = to_json(worker_config(self._config, role))
         spec = WorkerSpec(role, worker_id, self._gateway)
-        leader = await self._call(self._create, seat, 0, WorkerActor, spec, config)
+        leader = await self._ray.call(self._create, seat, 0, WorkerActor, spec, config)
         followers = [
-            await self._call(self._create, seat, rank, RankActor, rank, config) for rank in range(1, seat.ranks)
+            await self._ray.call(self._create, seat, rank, RankActor, rank, config) for rank in range(1, seat.ranks)
         ]
         hand = self._hands[worker_id] = _Hand(worker_id, seat, leader, followers, is_extra)
         return hand
@@ -166,47 +167,48 @@ class RayFleet:
     def _watch(self, hand: _Hand) -> None:
         hand.watcher = asyncio.create_task(self._keep_running(hand), name=hand.worker_id)
 
-    async def _call(self, function: Callable[..., Value], *args: object) -> Value:
-        """Calls Ray in its thread. A cancelled call is waited for: Ray cannot be interrupted half-way."""
-        call = asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+    async def _place(self, bundles: list[dict[str, float]], ranks: list[int]) -> PlacementGroup:
+        """Waits for the bundles, and meanwhile leaves Ray's thread to others. Raises ConfigError."""
+        group, too_many = await self._ray.call(self._ask_for, bundles, ranks)
+        cluster = self._config.cluster
+        clock = asyncio.get_running_loop().time
+        give_up_s = clock() + (cluster.start_timeout_s if cluster.is_remote else PLACE_LOCAL_S)
+        self._groups.append(group)
         try:
-            return await asyncio.shield(call)
-        except asyncio.CancelledError:
-            await asyncio.wait([call])
+            while not await self._ray.call(group.wait, PLACE_POLL_S):
+                if clock() > give_up_s:
+                    raise too_many
+                await asyncio.sleep(PLACE_POLL_S)
+        except BaseException:
+            self._groups.remove(group)
+            await self._ray.call(remove_placement_group, group)
             raise
+        return group
 
     # ── in Ray's thread ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _start_local(self) -> None:
-        cluster = self._config.cluster
-        try:
-            ray.init(
-                address="local",
-                # Bundles are bookkeeping: two workers do share one core where there is only one.
-                num_cpus=max(1, math.ceil(self._bundles_max() * cluster.cpus_per_worker)),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-            )
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ConfigError(f"--address ray: cannot start a local Ray: {_first_line(error)}") from error
-
-    def _bundles_max(self) -> int:
-        """Of all the workers that there may ever be."""
-        cluster = self._config.cluster
-        start = [ranks_of(self._config, role) for role, _ in worker_names(cluster)]
-        most = cluster.controller.max_workers if cluster.controller.enabled else None
-        more = 0 if most is None else most - cluster.prefill - cluster.decode
-        return sum(start) + more * max(start)
+        cpus = math.ceil(most_ranks(self._config) * self._config.cluster.cpus_per_worker)
+        self._connect(
+            "local",
+            "--address ray: cannot start a local Ray",
+            # Bundles are bookkeeping: two workers do share one core where there is only one.
+            num_cpus=max(1, cpus),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+        )
 
     def _join(self) -> None:
         address = self._config.cluster.address
+        self._connect(address, f"--address {address}: cannot join this Ray cluster")
+
+    @staticmethod
+    def _connect(address: str, problem: str, **options: Any) -> None:  # noqa: ANN401 - as Ray takes them
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ConfigError(f"--address {address}: cannot join this Ray cluster: {_first_line(error)}") from error
+            raise ConfigError(f"{problem}: {_first_line(error)}") from error
 
     def _bundle(self, count: int) -> dict[str, float]:
         cluster = self._config.cluster
@@ -217,7 +219,8 @@ class RayFleet:
         bundle = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
         return {name: amount for name, amount in bundle.items() if amount > 0}
 
-    def _place(self, bundles: list[dict[str, float]], ranks: list[int]) -> PlacementGroup:
+    def _ask_for(self, bundles: list[dict[str, float]], ranks: list[int]) -> tuple[PlacementGroup, ConfigError]:
+        """Bundles that are still to be placed, and what to raise if they are not."""
         cluster = self._config.cluster
         if not bundles[0]:
             raise ConfigError("cluster.cpus_per_worker: got 0, expected more than 0 where workers get no GPU")
@@ -230,12 +233,7 @@ class RayFleet:
         # A Ray of our own never grows, so there is nothing to wait for.
         if not cluster.is_remote and any(_resources().get(name, 0.0) < amount for name, amount in needed.items()):
             raise too_many
-        group: PlacementGroup = placement_group(bundles, strategy=cluster.placement)
-        if not group.wait(cluster.start_timeout_s if cluster.is_remote else PLACE_LOCAL_S):
-            remove_placement_group(group)
-            raise too_many
-        self._groups.append(group)
-        return group
+        return placement_group(bundles, strategy=cluster.placement), too_many
 
     def _create(
         self, seat: _Seat, rank: int, actor: type[WorkerActor | RankActor], who: WorkerSpec | int, config: str
@@ -282,19 +280,23 @@ class RayFleet:
             except ray.exceptions.RayError as error:
                 # Also a first death is told in this way when Ray will not restart the actor.
                 self._log(f"worker {worker_id} died too often; giving it up")
-                self._fail(hand, Unavailable(f"worker {worker_id} died: {_first_line(error)}"))
+                await self._fail(hand, Unavailable(f"worker {worker_id} died: {_first_line(error)}"))
                 return
             else:
                 if problem:
-                    self._fail(hand, ConfigError(f"worker {worker_id}: {problem}"))
+                    await self._fail(hand, ConfigError(f"worker {worker_id}: {problem}"))
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
 
-    def _fail(self, hand: _Hand, error: TandemError) -> None:
-        if hand.is_extra:
-            self._log(f"{error}; going on without it")
-        else:
+    async def _fail(self, hand: _Hand, error: TandemError) -> None:
+        if not hand.is_extra:
             self._failure = error
+            return
+        self._log(f"{error}; going on without it")
+        # Its place is for the next, unless somebody removes it at this moment.
+        if self._hands.pop(hand.worker_id, None) is not None:
+            await self._ray.call(self._kill, hand)
+            self._free.append(hand.seat)
 
     async def _run_once(self, leader: Any, followers: list[Any]) -> str:  # noqa: ANN401 - Ray has no types
         """What the worker's `run` returns or raises. Its other ranks run beside it: all of them, or none."""
@@ -302,16 +304,16 @@ class RayFleet:
         if followers:
             for follower in followers:
                 await self._wait_for(follower)
-            address = await self._future(leader.rendezvous.remote)
-            others = {asyncio.ensure_future(self._future(follower.run.remote, address)) for follower in followers}
-        run = asyncio.ensure_future(self._future(leader.run.remote))
+            address = await self._ray.future(leader.rendezvous.remote)
+            others = {asyncio.ensure_future(self._ray.future(follower.run.remote, address)) for follower in followers}
+        run = asyncio.ensure_future(self._ray.future(leader.run.remote))
         try:
             running = others
             while running and not run.done():
                 done, running = await asyncio.wait({run, *running}, return_when=asyncio.FIRST_COMPLETED)
                 running.discard(run)
                 if any(other.exception() for other in done - {run}):
-                    await self._call(leader.crash.remote)
+                    await self._ray.call(leader.crash.remote)
                     break
             return str(await run)
         finally:
@@ -323,16 +325,11 @@ class RayFleet:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
-    async def _future(self, method: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401 - Ray has no types
-        """Calls a method of an actor and waits for what it returns."""
-        reference = await self._call(method, *args)
-        return await asyncio.wrap_future(reference.future())
-
     async def _wait_for(self, follower: Any) -> None:  # noqa: ANN401 - Ray has no types
         """Until an actor that Ray is starting again is there. Raises RayError when Ray has given it up."""
         while True:
             try:
-                await self._future(follower.wait.remote)
+                await self._ray.future(follower.wait.remote)
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(RESTART_PAUSE_S)
             else:

@@ -34,7 +34,7 @@ class Ledger:
         self._router.learn_ttft(booking, now)
 
     def finished(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
-        """It was answered whole; still to be followed by `end`."""
+        """It was answered whole."""
         self._view.answered(answer_tokens)
         self._router.learn_tpot(booking, tpot_s, answer_tokens)
 

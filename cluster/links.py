@@ -61,11 +61,12 @@ class Mailbox:
 
     Bounded by the request itself: at most one event per token it may draw (n × max_tokens), and one for its end.
     After `expire` the reader still gets what is here, then TimeoutError: one timer for a whole request, instead of one
-    around each of its waits.
+    around each of its waits. `came_s`: when the event that was read last came, however late its reader took it.
     """
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque()
+        self._events: deque[tuple[Event, float]] = deque()
+        self.came_s = 0.0
         self._arrived = asyncio.Event()
         self._is_late = False
         self.has_ended = False
@@ -74,7 +75,7 @@ class Mailbox:
         if self.has_ended:
             return
         self.has_ended = isinstance(event, Done | Failed)
-        self._events.append(event)
+        self._events.append((event, asyncio.get_running_loop().time()))
         self._arrived.set()
 
     def expire(self) -> None:
@@ -92,7 +93,8 @@ class Mailbox:
                 raise TimeoutError
             self._arrived.clear()
             await self._arrived.wait()
-        return self._events.popleft()
+        event, self.came_s = self._events.popleft()
+        return event
 
 
 class _Link:

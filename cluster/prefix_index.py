@@ -84,12 +84,16 @@ class BlockNames:
         return names
 
 
+# One worker's id, or several as keys: in an order that is the same in every process, as that of a set is not.
+Holders = str | dict[str, None]
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
     """Who holds the beginning of one prompt: `levels[i]` are the holders of its block i."""
 
     block_size: int
-    levels: Sequence[str | set[str]] = ()
+    levels: Sequence[Holders] = ()
 
     def hit_tokens(self, worker_id: str) -> int:
         """Leading tokens of the prompt whose KV the worker holds."""
@@ -122,7 +126,7 @@ class PrefixIndex:
 
     def __init__(self, max_entries: int = 1 << 20) -> None:
         self._max_entries = max_entries
-        self._holders: dict[int, str | set[str]] = {}
+        self._holders: dict[int, Holders] = {}
         self._workers: dict[str, _Held] = {}
         self._hopes: deque[tuple[float, str, tuple[int, ...]]] = deque()
         self.entry_count = 0
@@ -179,7 +183,7 @@ class PrefixIndex:
     def match(self, names: BlockNames | None, block_size: int, now: float) -> PrefixMatch:
         """Who holds how much of a prompt. Names are computed only as far as somebody holds them."""
         self._expire(now)
-        levels: list[str | set[str]] = []
+        levels: list[Holders] = []
         if names is None or not self._holders:
             return PrefixMatch(block_size)
         holders_of = self._holders.get
@@ -213,13 +217,13 @@ class PrefixIndex:
             return False
         self.entry_count += 1
         holders = self._holders.get(name)
-        # Most blocks are held by one worker: a set for each of them would take most of the memory.
+        # Most blocks are held by one worker: a dict for each of them would take most of the memory.
         if holders is None:
             self._holders[name] = worker_id
         elif isinstance(holders, str):
-            self._holders[name] = {holders, worker_id}
+            self._holders[name] = {holders: None, worker_id: None}
         else:
-            holders.add(worker_id)
+            holders[worker_id] = None
         return True
 
     def _discard(self, worker_id: str, name: int) -> None:
@@ -229,7 +233,7 @@ class PrefixIndex:
             assert holders == worker_id, f"block {name:016x} is held by {holders}, not by {worker_id}"
             del self._holders[name]
             return
-        holders.remove(worker_id)
+        del holders[worker_id]
         if not holders:
             del self._holders[name]
 
@@ -250,5 +254,5 @@ class _Held:
         self.has_gap = False
 
 
-def _holds(holders: str | set[str], worker_id: str) -> bool:
+def _holds(holders: Holders, worker_id: str) -> bool:
     return holders == worker_id if isinstance(holders, str) else worker_id in holders

@@ -72,6 +72,9 @@ class ProcessFleet:
         if self._failure is not None:
             raise self._failure
 
+    def has(self, worker_id: str) -> bool:
+        return worker_id in self._children
+
     async def add(self, role: Role) -> str:
         worker_id = self._names.next(role)
         self._spawn(role, worker_id, is_extra=True)

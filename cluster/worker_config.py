@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.config import TandemConfig
 from cluster.registry import Role
+from cluster.worker_spec import worker_names
 
 
 def worker_config(config: TandemConfig, role: Role) -> TandemConfig:
@@ -19,3 +20,12 @@ def worker_config(config: TandemConfig, role: Role) -> TandemConfig:
 def ranks_of(config: TandemConfig, role: Role) -> int:
     """Processes that make one worker of `role`."""
     return worker_config(config, role).engine.ranks
+
+
+def most_ranks(config: TandemConfig) -> int:
+    """Processes of all the workers that there may ever be at once."""
+    cluster = config.cluster
+    start = [ranks_of(config, role) for role, _ in worker_names(cluster)]
+    most = cluster.controller.max_workers if cluster.controller.enabled else None
+    more = 0 if most is None else most - cluster.prefill - cluster.decode
+    return sum(start) + more * max(start)

@@ -13,6 +13,9 @@ from decode_worker.sequence import Request, RequestState
 from engine.block_pool import BlockPool
 from engine.slack_queue import SlackQueue
 
+# A request without an objective for its first token gets its turn as if it were due then.
+PATIENCE_S = 30.0
+
 
 class Pulls:
     """At most `max_open` streams at once; who is to have its first token soonest opens first."""
@@ -28,7 +31,11 @@ class Pulls:
 
     def add(self, request: Request, now: float) -> None:
         due_s = request.submit.ttft_due_s
-        due_s = request.deadline_s if due_s is None else request.times.arrived_s + due_s
+        if due_s is None:
+            # Nobody waits for its turn as long as its deadline, which may be minutes away.
+            due_s = now + PATIENCE_S if request.deadline_s is None else min(request.deadline_s, now + PATIENCE_S)
+        else:
+            due_s += request.times.arrived_s
         self._queue.push(request.key, request, now, due_s)
 
     def remove(self, request: Request) -> None:

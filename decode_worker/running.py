@@ -66,7 +66,7 @@ class Running:
         choices = going_on(self._choices, self._local.computing, reached)
         if choices is None:
             return None
-        selection = select(choices, self._cost, self._config.max_batch, now, ahead=1)
+        selection = select(choices, self._cost, self._config.max_batch, now, drawing=reached)
         if most_blocks(selection.choices, reached, self._pool.block_size) > self._pool.available_count:
             return None
         rows: list[Row] = []

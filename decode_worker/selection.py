@@ -22,7 +22,7 @@ Choices are taken in this order as long as the step that they make together is s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -53,35 +53,43 @@ class Selection:
     steady_s: float = math.inf
 
 
-def select(choices: Sequence[Choice], cost: StepCost | None, max_rows: int, now: float, ahead: int = 0) -> Selection:
-    """At most `max_rows` of `choices`, which come in order of age. A step under way draws `ahead` tokens of each."""
+def select(
+    choices: Sequence[Choice], cost: StepCost | None, max_rows: int, now: float, drawing: Container[Choice] = ()
+) -> Selection:
+    """At most `max_rows` of `choices`, which come in order of age. A step under way draws a token of each of
+    `drawing`."""
     if cost is None or not any(choice.tpot_s for choice in choices):
         chosen = list(choices[:max_rows])
         return Selection(chosen, _work(chosen))
     work = _work(choices)
     whole_s, alone_s = cost.step_s(work), cost.step_s(StepWork((), 1, 1))
-    limit_s, tightest_s = _limits(choices, alone_s, now, ahead)
+    limit_s, tightest_s = _limits(choices, alone_s, now, drawing)
     if whole_s <= limit_s and len(choices) <= max_rows:
-        return Selection(list(choices), work, max(limit_s, _debt_s(choices, whole_s, now, ahead)), tightest_s)
-    order = sorted(choices, key=lambda choice: (_tier(choice, whole_s, alone_s, now, ahead), choice.age))
-    paused = min(order, key=LAST_TOKEN_S)
-    if now - paused.last_token_s > MAX_PAUSE_S:
+        limit_s = max(limit_s, _debt_s(choices, whole_s, alone_s, now, drawing))
+        return Selection(list(choices), work, limit_s, tightest_s)
+    order = sorted(choices, key=lambda choice: (_tier(choice, whole_s, alone_s, now, drawing), choice.age))
+    # Whose first token is still on the way has not waited for another yet.
+    begun = [choice for choice in order if choice.request.times.first_token_s is not None]
+    paused = min(begun, key=LAST_TOKEN_S, default=None)
+    if paused is not None and now - paused.last_token_s > MAX_PAUSE_S:
         order.remove(paused)
         order.insert(0, paused)
-    count = _most_rows(order[:max_rows], cost, alone_s, now, ahead)
+    count = _most_rows(order[:max_rows], cost, alone_s, now, drawing)
     chosen = sorted(order[:count], key=AGE)
-    limit_s, _ = _limits(chosen, alone_s, now, ahead)
+    limit_s, _ = _limits(chosen, alone_s, now, drawing)
     return Selection(chosen, _work(chosen), limit_s, 0.0)
 
 
-def _debt_s(choices: Sequence[Choice], step_s: float, now: float, ahead: int) -> float:
-    """How long a step may take if each is to be in time again after its next few tokens, in steps of `step_s`."""
+def _debt_s(choices: Sequence[Choice], step_s: float, alone_s: float, now: float, drawing: Container[Choice]) -> float:
+    """How long a step may take if each is to be in time again after its next few tokens, in steps of `step_s`. Who is
+    lost asks for nothing."""
     least_s = math.inf
     for choice in choices:
-        if choice.tpot_s is None:
+        due = due_s(choice, int(choice in drawing))
+        if choice.tpot_s is None or (due < now and _is_lost(choice, due, alone_s, now)):
             continue
-        tokens = min(REPAY_TOKENS, choice.max_length - len(choice.token_ids) - ahead)
-        least_s = min(least_s, due_s(choice, ahead) - now + (tokens - 1) * (choice.tpot_s - step_s))
+        tokens = min(REPAY_TOKENS, choice.max_length - len(choice.token_ids) - (choice in drawing))
+        least_s = min(least_s, due - now + (tokens - 1) * (choice.tpot_s - step_s))
     return MARGIN * least_s
 
 
@@ -100,7 +108,7 @@ def _is_lost(choice: Choice, due: float, alone_s: float, now: float) -> bool:
     return now - due > max(0.0, gain_s)
 
 
-def _limits(choices: Sequence[Choice], alone_s: float, now: float, ahead: int) -> tuple[float, float]:
+def _limits(choices: Sequence[Choice], alone_s: float, now: float, drawing: Container[Choice]) -> tuple[float, float]:
     """How long a step with all of them may take for each to have its token in time, and for each to keep its pace.
 
     Nobody asks for a step that is shorter than its pace: a token that is late for once costs little, and the margin
@@ -109,7 +117,7 @@ def _limits(choices: Sequence[Choice], alone_s: float, now: float, ahead: int) -
     for choice in choices:
         if choice.tpot_s is None:
             continue
-        due = due_s(choice, ahead)
+        due = due_s(choice, int(choice in drawing))
         if due < now and _is_lost(choice, due, alone_s, now):
             continue
         limit_s = min(limit_s, max(due - now, choice.tpot_s))
@@ -117,11 +125,11 @@ def _limits(choices: Sequence[Choice], alone_s: float, now: float, ahead: int) -
     return MARGIN * limit_s, MARGIN * tightest_s
 
 
-def _tier(choice: Choice, whole_s: float, alone_s: float, now: float, ahead: int) -> tuple[int, float]:
+def _tier(choice: Choice, whole_s: float, alone_s: float, now: float, drawing: Container[Choice]) -> tuple[int, float]:
     """Of the list above, and what orders it within."""
     if choice.tpot_s is None:
         return 5, choice.last_token_s
-    due = due_s(choice, ahead)
+    due = due_s(choice, int(choice in drawing))
     slack_s = due - now - alone_s
     if slack_s < 0:
         return (5, choice.last_token_s) if _is_lost(choice, due, alone_s, now) else (3, -due)
@@ -129,12 +137,12 @@ def _tier(choice: Choice, whole_s: float, alone_s: float, now: float, ahead: int
     return (2 if slack_s < 2 * whole_s else 4), due
 
 
-def _most_rows(order: Sequence[Choice], cost: StepCost, alone_s: float, now: float, ahead: int) -> int:
+def _most_rows(order: Sequence[Choice], cost: StepCost, alone_s: float, now: float, drawing: Container[Choice]) -> int:
     """How many of `order` make a step that is short enough for each of them; at least 1. The more, the longer the step
     and the shorter the least slack, so a binary search finds it."""
 
     def is_short_enough(count: int) -> bool:
-        limit_s, _ = _limits(order[:count], alone_s, now, ahead)
+        limit_s, _ = _limits(order[:count], alone_s, now, drawing)
         return cost.step_s(_work(order[:count])) <= limit_s
 
     good, bad = 1, len(order) + 1

@@ -14,13 +14,14 @@ from typing import cast, get_args
 
 from rich.console import Console
 
+from cluster.gateway_config import Policy
 from cluster.planning.arrangement import Parallel
 from cluster.planning.cost_model import CostModel, cost_model
 from cluster.planning.device_profile import device_profile, known_profiles
 from cluster.planning.emulated_judge import EmulatedJudge
 from cluster.planning.options import PlanOptions
 from cluster.planning.placement import Affinity
-from cluster.planning.plan import Judgement, Plan, PlanSpec, Question
+from cluster.planning.plan import UNSERVED, Judgement, Plan, PlanSpec, Question
 from cluster.planning.plan_output import plan_json, plan_markdown, plan_table, plan_yaml
 from cluster.planning.planner import LinkRates, plan
 from cluster.planning.plot_plan import plot_plan
@@ -60,6 +61,8 @@ def run(options: PlanOptions) -> None:
     console.print(plan_table(result))
     for path in written:
         console.print(f"wrote {path}")
+    if written and spec.model in UNSERVED:
+        console.print(f"no configuration was written: {spec.model} can be planned, not served")
 
 
 def make_plan(spec: PlanSpec, trace: Trace, tell: Callable[[Question, Judgement], None] | None = None) -> Plan:
@@ -104,7 +107,7 @@ def write_plan(result: Plan, out: Path) -> list[Path]:
     written = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if result.chosen is not None:
+        if result.chosen is not None and result.spec.model not in UNSERVED:
             out.write_text(plan_yaml(result, lambda parallel: cost_of(profile, parallel)), encoding="utf-8")
             written.append(out)
         for suffix, text in ((".md", plan_markdown(result)), (".json", json.dumps(plan_json(result), indent=1) + "\n")):
@@ -122,8 +125,9 @@ def _check(options: PlanOptions) -> None:
         ("--gpus-per-node", options.gpus_per_node),
         ("--requests", options.requests),
         ("--keep", options.keep),
+        ("--limit", options.limit),
     ):
-        if count < 1:
+        if count is not None and count < 1:
             raise ConfigError(f"{flag}: got {count}, expected 1 or more")
     if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
         raise ConfigError(
@@ -132,6 +136,8 @@ def _check(options: PlanOptions) -> None:
     for flag, time_ms in (("--ttft-ms", options.ttft_ms), ("--tpot-ms", options.tpot_ms)):
         if not 0 < time_ms < math.inf:
             raise ConfigError(f"{flag}: got {time_ms}, expected a positive number of milliseconds")
+    if options.router not in get_args(Policy):
+        raise ConfigError(f"--router: got {options.router!r}, expected one of {', '.join(get_args(Policy))}")
     if options.affinity is not None and options.affinity not in get_args(Affinity):
         raise ConfigError(f"--affinity: got {options.affinity!r}, expected {' or '.join(get_args(Affinity))}")
     if options.processes < 0:

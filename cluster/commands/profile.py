@@ -76,6 +76,8 @@ async def profile(
         raise ConfigError(f"profile: got an engine of {engine_config.ranks} ranks, expected 1: others are predicted")
     if not await asyncio.to_thread(out.parent.is_dir):
         raise ConfigError(f"--out: {out.parent} is no folder")
+    if await asyncio.to_thread(out.is_dir):
+        raise ConfigError(f"--out: {out} is a folder, expected the name of a file")
     console = Console(highlight=False)
     progress = Progress(Console(stderr=True))
     async with progress.step("loading the model") as news:
@@ -87,7 +89,10 @@ async def profile(
         measured, judged = await _measure(config, engine, is_quick, seed, progress)
     finally:
         await engine.runner.close()
-    await asyncio.to_thread(out.write_text, profile_json(measured), encoding="utf-8")
+    try:
+        await asyncio.to_thread(out.write_text, profile_json(measured), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
     for table in (_error_table(measured, judged), _time_table(measured)):
         console.print(table)
     console.print(f"{out}: written; give it to --profile, or to cluster.profile in the configuration")

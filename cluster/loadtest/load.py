@@ -74,6 +74,8 @@ class Load:
     def requests(self, rate_rps: float, seed: int, run: str, source: PromptSource) -> tuple[LoadRequest, ...]:
         """The requests of one run. The seed alone decides arrivals; `run` makes its prompts differ from other runs'."""
         rows = self._fitting()
+        if not rows:
+            return ()
         if self.process is not None:
             # As many arrivals as rows: where some are left out, the rate still holds.
             times: Sequence[float] = replace(self.process, count=len(rows)).arrivals_s(rate_rps, seed)
@@ -83,7 +85,9 @@ class Load:
             scale = rate_rps / own if own > 0 else 1.0
             times = [(time - first_s) / scale for time in known]
         rng = random.Random(f"prompts {seed} {run}")
-        made = (source.prompt(row.prompt_tokens, row.prefix_hashes, rng) for row in rows)
+        # Prompts of one run share what the trace says, and nothing with those of other runs: a cache would know them.
+        mark = rng.getrandbits(62)
+        made = (source.prompt(row.prompt_tokens, [name ^ mark for name in row.prefix_hashes], rng) for row in rows)
         return tuple(
             LoadRequest(index, time, prompt, tokens, row.output_tokens)
             for index, (time, row, (prompt, tokens)) in enumerate(zip(times, rows, made, strict=True))

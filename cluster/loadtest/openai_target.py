@@ -61,7 +61,7 @@ class OpenAITarget:
             response = await self._client.get(f"{self.url}/models", timeout=FACTS_TIMEOUT_S)
             response.raise_for_status()
             models = {str(model["id"]): model for model in response.json()["data"]}
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--url {self.url}: no list of models at /models: {_words(error)}") from None
         if not self._model:
             if not models:

@@ -138,11 +138,10 @@ def colocated_bound(cost: PlanCost, lengths: Lengths, objectives: Objectives, ta
     steps, context = _decode_work(lengths, target)
     chunk = ((cost.saturation_tokens, 0),)
     alone_s = cost.step_s(StepWork(chunk))
+    # Answers of one token take no decode step.
+    batches = _batches(cost, context) if steps else []
     row_s = min(
-        (
-            (cost.step_s(StepWork(chunk, batch, round(batch * context))) - alone_s) / batch
-            for batch, _ in _batches(cost, context)
-        ),
+        ((cost.step_s(StepWork(chunk, batch, round(batch * context))) - alone_s) / batch for batch, _ in batches),
         default=0.0,
     )
     busy_s = token_s * sum(kept) / len(kept) + steps * max(0.0, row_s)

@@ -17,6 +17,10 @@ Phase = Literal["prefill", "decode", "both"]
 TIE = 0.03
 
 
+# Shapes that can be planned and emulated, but not served: the engine has no such architecture.
+UNSERVED = ("opt-13b", "opt-66b")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
     """A cluster to be bought or split: `gpus` of one `profile` in nodes of `gpus_per_node`, for one model.

@@ -26,8 +26,6 @@ WEIGHTS = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
     "qwen3-8b": "Qwen/Qwen3-8B",
-    "opt-13b": "facebook/opt-13b",
-    "opt-66b": "facebook/opt-66b",
 }
 
 

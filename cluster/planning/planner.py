@@ -9,6 +9,7 @@ excludes is not emulated, and the plan says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,8 @@ from engine.errors import ConfigError
 WORTH_JUDGING = 0.7
 # What a worker usually reaches of its bound: where a search of its goodput begins.
 USUAL_SHARE = 0.7
+# Of a phase that has nothing to do: answers of one token take no decode step.
+UNBOUNDED_RPS = 1e6
 # Whole arrangements are judged in waves of this many, so that what one wave finds can spare the next.
 WAVE = 2
 # KV between nodes may take this part of TTFT before it is kept within nodes.
@@ -192,6 +195,9 @@ class _Search:
             asked: list[tuple[tuple[Parallel, int | None], Question]] = []
             for key, bound in wave:
                 parallel, chunk_tokens = key
+                if math.isinf(bound.rps):
+                    rates[key] = UNBOUNDED_RPS
+                    continue
                 question = self._question(_worker(phase, parallel, chunk_tokens), phase, USUAL_SHARE * bound.rps)
                 if bound.rps / parallel.gpus <= WORTH_JUDGING * best_per_gpu or bound.rps == 0.0:
                     beside = f"; one judged carries {best_per_gpu:.3g} per GPU" if best_per_gpu else ""

@@ -169,10 +169,11 @@ def shortest_prompts(
 
     `latencies_s[i]` is prompt i alone on a worker, `intervals_s[i]` how long it keeps the worker from others at best.
     """
-    pairs = sorted(zip(intervals_s, latencies_s, strict=True))
-    kept = pairs[: max(1, math.ceil(attainment * len(pairs) - 1e-9))]
-    if kept[-1][1] > ttft_s:
+    in_time = sorted(pair for pair in zip(intervals_s, latencies_s, strict=True) if pair[1] <= ttft_s)
+    count = max(1, math.ceil(attainment * len(latencies_s) - 1e-9))
+    if len(in_time) < count:
         return None
+    kept = in_time[:count]
     interval_s = sum(pair[0] for pair in kept) / len(kept)
     latency_s = sum(pair[1] for pair in kept) / len(kept)
     return PrefillQueue(latency_s, min(interval_s, latency_s), replicas)

@@ -64,6 +64,11 @@ class Backlog:
 
     def leave(self, booking: Booking, now: float) -> None:
         """It will not be computed here, or not to its end."""
+        for other in self.bookings:
+            if other is booking:
+                break
+            if other.latest_start_s > booking.latest_start_s:
+                other.delayed_s = max(0.0, other.delayed_s - booking.work_s)
         if self._drop(booking):
             self.busy_until_s = max(now, self.busy_until_s - booking.work_s)
 

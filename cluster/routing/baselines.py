@@ -80,6 +80,8 @@ class Baseline:
             order = rng.choices(orders, [len(order) for order in orders])[0]
         loads: Loads = view.prefills if order is view.prefill_order else view.decodes
         picked = self.pick(order, loads, query, view, now, rng)
+        # Who decodes too holds the answer as well.
+        tokens = tokens if order is view.prefill_order else query.total_tokens
         if loads[picked].capacity_tokens >= tokens:
             return picked
         fitting = [worker_id for worker_id in order.ids if loads[worker_id].capacity_tokens >= tokens]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from itertools import islice
 
 from cluster.prefix_index import PrefixMatch
 from cluster.routing.load_order import LoadOrder
@@ -44,7 +45,7 @@ def pick(
         found[rng.choice(order.ids)] = None
     chosen = [worker_id for worker_id in found if loads[worker_id].capacity_tokens >= tokens]
     if not chosen:
-        # Pools of different sizes, and none of the large ones was looked at.
-        fitting = (worker_id for order in orders for worker_id in order.ids)
-        chosen = [worker_id for worker_id in fitting if loads[worker_id].capacity_tokens >= tokens][:count]
+        # Pools of different sizes, and none of the large ones was looked at: on from the least loaded.
+        fitting = (worker_id for order in orders for worker_id in order if loads[worker_id].capacity_tokens >= tokens)
+        chosen = list(islice(fitting, count))
     return chosen

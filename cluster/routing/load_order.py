@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 
 class LoadOrder:
@@ -37,6 +38,10 @@ class LoadOrder:
         if load is not None:
             del self._order[bisect_left(self._order, (load, worker_id))]
             del self._ids[bisect_left(self._ids, worker_id)]
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids, the least loaded first. The order must not change meanwhile."""
+        return (worker_id for _, worker_id in self._order)
 
     def load(self, worker_id: str) -> float:
         return self._loads[worker_id]

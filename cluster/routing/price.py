@@ -30,7 +30,7 @@ REFRESH = 16
 # Of the price at which the heaviest would not be worth it, the part below which there is none.
 FREE = 0.05
 # What the lightest pay at most, in requests.
-MOST = 0.5
+MOST = 0.1
 LEAST_WORK_S = 1e-6
 
 

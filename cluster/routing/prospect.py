@@ -129,7 +129,9 @@ class Forecast:
         self._context = query.rows * (query.prompt_tokens + 0.5 * self._answer)
         objectives = query.objectives
         self._ttft_left_s = math.inf if objectives.ttft_s is None else query.due_s - now
-        self._tpot_limit_s = math.inf if objectives.tpot_s is None else objectives.tpot_s
+        # The first token is not decoded: a single one has no pace.
+        has_pace = objectives.tpot_s is not None and query.answer_tokens > 1
+        self._tpot_limit_s = objectives.tpot_s if has_pace and objectives.tpot_s is not None else math.inf
 
     # ── the prompt ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -44,14 +44,22 @@ class ClusterView:
         self.local_order = LoadOrder()
         # By the length of their decode step.
         self.decode_order = LoadOrder()
-        # Workers that get local routes only, by rows and waiting prompts together.
+        # Workers that get local routes only: by rows and waiting prompts together; by when these will be computed.
         self.colocated_order = LoadOrder()
+        self.colocated_prompts = LoadOrder()
         self.prefill_capacities: Counter[int] = Counter()
         self.decode_capacities: Counter[int] = Counter()
         self.block_sizes: Counter[int] = Counter()
         # Mean length of an answer, in tokens.
         self.answer_tokens = answer_tokens
         self._answers = 0
+        self._all_orders = (
+            self.prefill_order,
+            self.local_order,
+            self.decode_order,
+            self.colocated_order,
+            self.colocated_prompts,
+        )
         self._fresh_s = fresh_s
         self._expire_s = expire_s
         # When each was heard of, the longest ago first: those that are fresh, and those that were silent for longer.
@@ -168,10 +176,10 @@ class ClusterView:
 
     def shortest_queue_s(self, now: float) -> float:
         """Until the first worker that prompts are sent to has none left."""
-        order = self.prefill_order or self.local_order
-        soonest_s = order.load(order.least(1)[0]) if order else now
-        if self.prefill_order and self.colocated_order:
-            soonest_s = min(soonest_s, self.local_order.load(self.local_order.least(1)[0]))
+        orders = [order for order in (self.prefill_order, self.colocated_prompts) if order]
+        # Decode workers compute prompts where nobody else does.
+        orders = orders or [order for order in (self.local_order,) if order]
+        soonest_s = min((order.load(order.least(1)[0]) for order in orders), default=now)
         return max(0.0, soonest_s - now)
 
     def expected_answer(self, allowed_tokens: int) -> float:
@@ -198,7 +206,7 @@ class ClusterView:
         heard_s = self._heard.pop(worker_id, None)
         if heard_s is not None:
             self._silent[worker_id] = heard_s
-        for order in (self.prefill_order, self.decode_order, self.local_order, self.colocated_order):
+        for order in self._all_orders:
             order.discard(worker_id)
 
     def _place(self, worker_id: str, *, eligible: bool) -> None:
@@ -222,7 +230,8 @@ class ClusterView:
         stats, rows = decode.report.stats, decode.row_count
         local = (self.local_order, decode.backlog.busy_until_s)
         if stats.local_only:
-            return [local, (self.colocated_order, rows + WAITING_WEIGHT * len(decode.backlog.bookings))]
+            load = rows + WAITING_WEIGHT * len(decode.backlog.bookings)
+            return [local, (self.colocated_order, load), (self.colocated_prompts, decode.backlog.busy_until_s)]
         step_s = self.costs.decode_s(stats, rows, decode.token_count + 0.5 * self.answer_tokens * rows) if rows else 0.0
         return [local, (self.decode_order, step_s)]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 
 import pytest
 
-from cluster.admission import Admission
+from cluster.admission import PATIENCE_S, Admission
 from engine.errors import DeadlineExceeded, Overloaded
 from tests.cluster.fake_decode import on_virtual_time
 
@@ -19,8 +20,10 @@ class Visitors:
         self.admission = admission
         self.entered: list[str] = []
 
-    async def visit(self, name: str, stay_s: float = 10.0, deadline_s: float | None = None) -> None:
-        async with self.admission.place(deadline_s):
+    async def visit(
+        self, name: str, stay_s: float = 10.0, deadline_s: float | None = None, due_s: float = math.inf
+    ) -> None:
+        async with self.admission.place(deadline_s, due_s):
             self.entered.append(name)
             await asyncio.sleep(stay_s)
 
@@ -100,3 +103,13 @@ async def test_no_place_is_lost_whoever_is_cancelled_when(seed: int) -> None:
         assert admission.running_count <= 3
     await asyncio.wait(tasks)
     assert counts(admission) == (0, 0)
+
+
+@on_virtual_time
+async def test_whose_first_token_is_due_first_goes_first_and_nobody_starves() -> None:
+    visitors = Visitors(Admission(max_running=1, max_waiting=9))
+    tasks = [visitors.start("first", stay_s=PATIENCE_S - 1.0), visitors.start("patient", stay_s=1.0)]
+    await asyncio.sleep(0.5)
+    tasks += [visitors.start("lax", stay_s=1.0, due_s=90.0), visitors.start("urgent", stay_s=1.0, due_s=29.5)]
+    await asyncio.gather(*tasks)
+    assert visitors.entered == ["first", "urgent", "patient", "lax"]

@@ -32,6 +32,27 @@ def test_a_backlog_shrinks_with_time_and_is_set_right_by_first_tokens() -> None:
     assert (backlog.own_work_s, backlog.own_tokens) == (0.0, 0)
 
 
+def test_who_was_passed_by_one_that_left_is_delayed_by_it_no_longer() -> None:
+    bench = Bench("p", "d")
+    route = Route("p", "p:1", "d", "d:1", predicted_first_s=0.5, work_s=0.1)
+    waiting = bench.book(route, query(ttft_s=9.0))
+    urgent = [bench.book(route, query(ttft_s=1.0)) for _ in range(3)]
+    assert waiting.delayed_s == pytest.approx(0.3)
+    bench.view.end(urgent[1], NOW)
+    assert waiting.delayed_s == pytest.approx(0.2)
+    # One that came to its first token has really passed.
+    bench.view.first_token(urgent[0], NOW)
+    bench.view.end(urgent[0], NOW)
+    assert waiting.delayed_s == pytest.approx(0.2)
+
+
+def test_an_idle_decode_worker_is_no_short_queue_where_others_compute_prompts() -> None:
+    bench = Bench("p", "c", "d")
+    bench.report("p", queued_tokens=8000, queued_s=0.5)
+    bench.report("c", queued_tokens=4000, queued_s=0.3)
+    assert bench.view.shortest_queue_s(NOW) == pytest.approx(0.3)
+
+
 def test_a_report_takes_the_place_of_what_was_known_but_for_what_may_be_on_its_way() -> None:
     bench = Bench("p", "d")
     backlog = bench.view.prefills["p"].backlog

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -126,7 +127,8 @@ def test_never_below_the_fewest(minimum: int, left: int):
 
 def test_a_turn_of_the_arrivals_and_back():
     plant = Plant(8, 8)
-    early, late = replace(EVEN, prefill=10.0, decode=3.0), replace(EVEN, prefill=3.0, decode=10.0)
+    early = replace(EVEN, prefill=10.0, decode=3.0, mix=math.log(10 / 3))
+    late = replace(EVEN, prefill=3.0, decode=10.0, mix=math.log(3 / 10))
     counts = []
     for demand in (early, late, early):
         for _ in range(100):

@@ -39,6 +39,9 @@ class FakeFleet:
         self.removed: list[str] = []
         self.problem: str = ""
 
+    def has(self, worker_id: str) -> bool:
+        return worker_id in self.roles or worker_id in self.added
+
     async def add(self, role: Role) -> str:
         await asyncio.sleep(3.0)
         if self.problem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.prefix_index import BlockNames
@@ -362,3 +364,22 @@ def test_what_was_predicted_is_learned_from() -> None:
         bench.router.learn_tpot(booking, 2 * booking.route.predicted_tpot_s, ANSWER)
     answer = bench.ask(question)
     assert isinstance(answer, Reject)
+
+
+def test_an_answer_of_one_token_has_no_pace_to_miss() -> None:
+    bench = Bench("p", "d")
+    for _ in range(40):
+        bench.view.first_token(bench.book(Route("p", "p:1", "d", "d:1", 0.01, work_s=0.0), query()), NOW)
+    slow = query(tpot_s=5e-3)
+    assert isinstance(bench.ask(slow), Reject)
+    assert isinstance(bench.ask(replace(slow, total_tokens=slow.prompt_tokens + 1)), Route)
+
+
+def test_large_requests_are_spread_over_the_large_workers_however_many_small_ones_are_idle() -> None:
+    names = [f"d{number:02}" for number in range(20)]
+    bench = Bench("p", *names)
+    for name in names[:10]:
+        bench.report(name, blocks_total=64, blocks_free=64)
+    used = {bench.send(query(4000)).route.decode_id for _ in range(10)}
+    assert len(used) >= 8
+    assert used <= set(names[10:])

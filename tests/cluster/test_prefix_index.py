@@ -170,3 +170,12 @@ class PrefixMachine(RuleBasedStateMachine):
 
 PrefixMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestPrefixMachine = PrefixMachine.TestCase
+
+
+def test_holders_come_in_an_order_that_does_not_depend_on_the_process() -> None:
+    """A set of strings has another order in every process: emulations of the same seed would differ."""
+    index, prompt = PrefixIndex(), BlockNames(tuple(range(40)), b"")
+    workers = [f"worker-{number}" for number in (7, 3, 9, 1, 8, 2)]
+    for worker in workers:
+        index.apply(worker, KVEvents(0, True, (prompt.name(0, SIZE) or 0,)))
+    assert index.match(prompt, SIZE, 0.0).holders(6) == workers

@@ -83,7 +83,7 @@ def test_who_is_beyond_hope_does_not_shorten_the_steps_of_others() -> None:
     others = [choice(n, 1.0) for n in range(1, 9)]
     found = select([lost, *others], COST, 64, 0.001)
     assert len(found.choices) == 9
-    assert found.limit_s == pytest.approx(MARGIN * 1.0)
+    assert found.limit_s == pytest.approx(select(others, COST, 64, 0.001).limit_s, abs=0.02)
 
 
 def test_nobody_starves() -> None:
@@ -139,6 +139,20 @@ def test_a_choice_that_ends_soon_has_fewer_tokens_to_make_up_for_a_chunk_with() 
     assert last.limit_s == pytest.approx(MARGIN * (0.0125 + 0.0015))
     early = select([choice(0, 0.0125, tokens=50)], COST, 64, 49 * 0.0125)
     assert early.limit_s == pytest.approx(MARGIN * (0.0125 + 15 * 0.0015))
+
+
+def test_who_is_beyond_hope_does_not_make_a_chunk_short() -> None:
+    lost = choice(0, 0.0125, first_s=-10.0, tokens=50)
+    steady = choice(1, 0.020, tokens=50)
+    alone, beside = (select(rows, COST, 64, 49 * 0.020) for rows in ([steady], [lost, steady]))
+    assert beside.limit_s == pytest.approx(alone.limit_s, abs=0.02)
+
+
+def test_a_first_token_on_its_way_has_not_waited_for_the_next() -> None:
+    tight = [choice(0, 0.001, first_s=9.0, last_s=9.5), choice(1, 0.001, first_s=9.0, last_s=9.0)]
+    coming = choice(2, 0.001)
+    coming.request.times.first_token_s = None
+    assert 1 in names(list(select([*tight, coming], COST, 64, 10.1).choices)), "it has waited for more than a second"
 
 
 def test_slack_that_a_choice_has_saved_up_is_used() -> None:

@@ -119,3 +119,18 @@ def test_a_files_prompts_come_again_with_a_number() -> None:
     assert [turn["role"] for turn in chats[0]] == ["user", "assistant"]
     assert chats[0][0]["content"].endswith(") hi")
     assert any(token_ids_of(prompt)[-2:] == [5, 6] for prompt in again)
+
+
+def test_runs_share_what_the_trace_says_among_their_own_prompts_only() -> None:
+    rows = (TraceRequest(0.0, 600, 4, (1, 2)), TraceRequest(1.0, 600, 4, (1, 3)))
+    load = Load(rows, None)
+    (first, second), (other, _) = (load.requests(1.0, 0, run, TOKENS) for run in ("a", "b"))
+    heads = [token_ids_of(request.prompt)[:512] for request in (first, second, other)]
+    assert heads[0] == heads[1]
+    assert heads[0] != heads[2], "a prefix cache would know the second run's prompts"
+    assert token_ids_of(first.prompt)[512:] != token_ids_of(second.prompt)[512:]
+    assert load.requests(2.0, 0, "a", TOKENS)[0].prompt == first.prompt
+
+
+def test_no_rows_are_no_requests() -> None:
+    assert Load((TraceRequest(0.0, 5, 5),), None).head(0).requests(1.0, 0, "warm-up", TOKENS) == ()

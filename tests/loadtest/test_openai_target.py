@@ -111,6 +111,13 @@ async def test_nobody_listens() -> None:
     await target.close()
 
 
+async def test_what_is_no_url_is_named() -> None:
+    target = OpenAITarget("openai", "http://127.0.0.1:80x/v1")
+    with pytest.raises(ConfigError, match=r"--url http://127\.0\.0\.1:80x/v1: no list of models"):
+        await target.facts()
+    await target.close()
+
+
 async def test_played_over_real_sockets() -> None:
     """Two requests 30 ms apart, answers of 200 ms: the second is sent while the first runs."""
     requests = [LoadRequest(index, 0.03 * index, "hello", 0, 4) for index in range(2)]

@@ -102,3 +102,19 @@ def test_prompts_on_decode_workers_need_no_link_and_no_prefill_worker() -> None:
     local = prefill_bound(COST, EQUAL, 1.0, 0.9, count=8)
     assert pure.rps == 1.0
     assert mixed.rps == pytest.approx(1.0 + local.rps)
+
+
+def test_answers_of_one_token_take_no_decode_step() -> None:
+    lengths = Lengths(((1000, 1000, 1),) * 10)
+    objectives = Objectives(1.0, 0.05)
+    assert decode_bound(COST, lengths, objectives.tpot_s, 0.9).rps == math.inf
+    both = colocated_bound(COST, lengths, objectives, 0.9)
+    assert 0 < both.rps <= prefill_bound(COST, lengths, objectives.ttft_s, 0.9).rps
+
+
+def test_a_slow_prompt_that_is_not_the_longest_does_not_stand_for_all() -> None:
+    """After 100,000 cached tokens 500 new ones take longer alone than 600 fresh ones: nine of ten are in time."""
+    cost = LinearCost(token_s=1e-4, pair_s=1e-7, kv_capacity_tokens=1 << 30)
+    rows = ((400, 400, 10),) * 8 + ((500, 100_500, 10), (600, 600, 10))
+    assert prefill_bound(cost, Lengths(rows), 1.0, 0.9).rps > 0
+    assert prefill_bound(cost, Lengths(rows), 1.0, 1.0).rps == 0.0

@@ -49,6 +49,8 @@ def options(tmp_path: Path, **changes: object) -> PlanOptions:
         ({"affinity": "medium"}, "--affinity: got 'medium', expected high or low"),
         ({"out": Path("plan.txt")}, "--out: got 'plan.txt', expected a name that ends in .yaml"),
         ({"keep": 0}, "--keep: got 0"),
+        ({"limit": -1}, "--limit: got -1"),
+        ({"router": "best"}, "--router: got 'best', expected one of goodput"),
         ({"trace": Path("nowhere.jsonl")}, "nowhere.jsonl: cannot be read"),
         ({"profile": "h2000"}, "profile 'h2000'"),
     ],
@@ -89,3 +91,14 @@ def test_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "arrangement" in printed
     assert "isaggregat" in printed
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_trace_of_one_token_answers_can_be_planned(
+    tmp_path: Path, gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (json.dumps({"arrival_s": n * 0.2, "prompt_tokens": 100, "output_tokens": 1}) for n in range(20))
+    trace = tmp_path / "short.jsonl"
+    trace.write_text("\n".join(lines) + "\n")
+    run(options(tmp_path, trace=trace, gpus=gpus, requests=20, as_json=True))
+    assert json.loads(capsys.readouterr().out)["chosen"]["goodput_rps"] > 0

@@ -1,0 +1,132 @@
+"""Requests that wait to be routed: who is asked for, when, and who gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from cluster.dispatcher import BATCH, Dispatcher
+from cluster.ledger import Ledger
+from cluster.routing.booking import Booking
+from cluster.routing.query import Answer, Defer, Route, RouteQuery
+from cluster.routing.view import ClusterView
+from engine.errors import Unavailable
+from tests.cluster.fake_decode import on_virtual_time
+from tests.cluster.routing_bench import Bench, query
+
+WAIT_S = 10.0
+
+
+class Scripted:
+    """A policy that answers as it is told, and notes whom it was asked for."""
+
+    name = "scripted"
+    refuses = True
+
+    def __init__(self, answer: Callable[[RouteQuery, float], Answer]) -> None:
+        self.answer = answer
+        self.asked: list[tuple[float, float]] = []
+
+    def route(self, query: RouteQuery, view: ClusterView, now: float, rng: random.Random) -> Answer:
+        self.asked.append((now, query.arrived_s))
+        return self.answer(query, now)
+
+    def learn_ttft(self, booking: Booking, now: float) -> None:
+        """Nothing."""
+
+    def learn_tpot(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
+        """Nothing."""
+
+
+def dispatcher_of(router: Scripted) -> tuple[Dispatcher, Ledger]:
+    view = Bench().view
+    ledger = Ledger(view, router)
+    return Dispatcher(view, router, ledger, random.Random(0), WAIT_S, 0.1), ledger
+
+
+def route() -> Route:
+    return Route("p", "p:1", "d", "d:1")
+
+
+@on_virtual_time
+async def test_a_long_room_is_asked_through_and_nobody_twice_before_the_time() -> None:
+    """More wait than are asked for in one go, none of them is told to wait for all: then the first must not be asked
+    again and again while time stands still, and the last must be asked too."""
+    count = 3 * BATCH + 5
+    opened_s = 7.0
+
+    def answer(query: RouteQuery, now: float) -> Answer:
+        if now >= opened_s:
+            return route()
+        return Defer("others would miss", now + 0.5, 100.0 + query.arrived_s, 1.0)
+
+    router = Scripted(answer)
+    dispatcher, ledger = dispatcher_of(router)
+    tasks = [asyncio.create_task(dispatcher.place(query(arrived_s=float(n)), None)) for n in range(count)]
+    for _ in range(20):
+        await asyncio.sleep(0.3)
+        dispatcher.news()
+    # One question at its coming, and one for each half second.
+    assert count <= len(router.asked) <= count * 14
+    assert {arrived_s for now, arrived_s in router.asked if now > 0} == set(map(float, range(count)))
+    for booking in await asyncio.gather(*tasks):
+        ledger.end(booking, 0.0)
+    dispatcher.check_empty()
+
+
+@on_virtual_time
+async def test_without_a_worker_all_give_up_after_their_time_and_one_question_a_round_is_enough() -> None:
+    router = Scripted(lambda query, now: Defer("no prefill worker is available"))
+    dispatcher, _ = dispatcher_of(router)
+    count = 2 * BATCH
+    tasks = [asyncio.create_task(dispatcher.place(query(), None)) for _ in range(count)]
+    await asyncio.sleep(0)
+    for _ in range(10):
+        dispatcher.news()
+        await asyncio.sleep(0.1)
+    assert len(router.asked) == count + 10
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(error, Unavailable) for error in ended)
+    assert asyncio.get_running_loop().time() == pytest.approx(WAIT_S, abs=0.2)
+    dispatcher.check_empty()
+
+
+@on_virtual_time
+async def test_the_order_follows_the_last_answer_and_nothing_was_promised_without_a_worker() -> None:
+    """Who came when there was no worker is not behind everybody for ever."""
+    phase = "none"
+    promised: dict[float, bool] = {}
+
+    def answer(query: RouteQuery, now: float) -> Answer:
+        promised[query.arrived_s] = query.was_deferred
+        if phase == "none":
+            return Defer("no prefill worker is available")
+        if phase == "busy":
+            # The earlier it came, the sooner it must start.
+            return Defer("others would miss", now + 1.0, 50.0 + query.arrived_s, 1.0)
+        return route()
+
+    router = Scripted(answer)
+    dispatcher, ledger = dispatcher_of(router)
+    early = [asyncio.create_task(dispatcher.place(query(arrived_s=float(n)), None)) for n in range(3)]
+    await asyncio.sleep(0.1)
+    assert promised == {0.0: False, 1.0: False, 2.0: False}
+    phase = "busy"
+    late = asyncio.create_task(dispatcher.place(query(arrived_s=9.0), None))
+    await asyncio.sleep(0)
+    dispatcher.news()
+    await asyncio.sleep(0.1)
+    phase = "free"
+    router.asked.clear()
+    await asyncio.sleep(1.5)
+    dispatcher.news()
+    bookings = await asyncio.gather(*early, late)
+    assert [arrived_s for _, arrived_s in router.asked] == [0.0, 1.0, 2.0, 9.0]
+    assert all(promised.values())
+    for booking in bookings:
+        ledger.end(booking, 0.0)
+    assert math.isinf(Defer("").until_s)
