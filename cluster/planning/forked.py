@@ -6,8 +6,8 @@ Nothing of it need be picklable, a cost model for instance; only its arguments a
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -24,13 +24,17 @@ def forked(
     function: Callable[[Argument], Answer], processes: int
 ) -> Iterator[Callable[[Iterable[Argument]], Iterator[Answer]]]:
     """Within: a map of `function`, whose answers come in order, each as soon as it and those before it are there."""
-    with multiprocessing.get_context("fork").Pool(processes, _begin, (function,)) as pool:
-        yield cast(Callable[[Iterable[Argument]], Iterator[Answer]], partial(pool.imap, _call))
+    # Not multiprocessing.Pool: it ends its processes by SIGTERM, and waits for ever for one that has inherited a
+    # handler which survives it.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context, _begin, (function,)) as pool:
+        try:
+            yield cast(Callable[[Iterable[Argument]], Iterator[Answer]], partial(pool.map, _call))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
-    # The pool ends its processes by SIGTERM. Whoever was forked may have had a handler that lets them live.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     global _function
     _function = function
 

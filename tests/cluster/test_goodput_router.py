@@ -242,7 +242,7 @@ def test_those_that_wait_at_the_gateway_and_have_less_slack_go_first() -> None:
     behind = bench.ask(query(ttft_s=1.0, tpot_s=0.05))
     assert isinstance(behind, Defer)
     assert behind.until_s == pytest.approx(NOW + 0.4)
-    assert isinstance(bench.ask(query(ttft_s=0.5, tpot_s=0.05)), Reject)
+    assert isinstance(bench.ask(query(ttft_s=0.4, tpot_s=0.05)), Reject)
     before = bench.route(query(ttft_s=0.2, tpot_s=0.05))
     assert before.predicted_ttft_s == pytest.approx(prefill_s(1000))
 
