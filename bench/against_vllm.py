@@ -109,6 +109,7 @@ def arms_of(arguments: Arguments) -> list[Arm]:
 
 
 def rates_of(arguments: Arguments, arm: str) -> dict[Objectives, list[float]]:
+    """What --rates-of says of an arm, by the objectives that it is told."""
     found = {}
     for text in arguments.rates_of or []:
         name, _, rates = text.partition("=")

@@ -44,7 +44,6 @@ from cluster.loadtest.prompts import RandomTokens
 from cluster.loadtest.record import Record, from_json, to_json
 from cluster.loadtest.request import LoadRequest
 from cluster.loadtest.tandem_target import TandemTarget
-from cluster.planning.cost_model import CostModel
 from cluster.planning.emulation_spec import EmulationSpec
 from cluster.planning.emulator import emulate
 from cluster.planning.trace import Trace, TraceRequest
@@ -116,6 +115,9 @@ class Study:
         self._arguments = arguments
         self._config = config
         self._objectives = objectives
+        files = resolve(config.engine.model)
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        self._costs = {role: role_cost(config, files, role) for role in roles}
         self._store = Store(arguments.out / "runs.jsonl")
         self._say = Console(stderr=True, highlight=False).print
 
@@ -207,8 +209,8 @@ class Study:
             router=config.gateway.router.policy,
             objectives=objectives,
             seed=seed,
-            prefill_cost=self._cost(config, "prefill").with_scales(*fit.prefill),
-            decode_cost=self._cost(config, "decode").with_scales(*fit.decode),
+            prefill_cost=self._costs["prefill"].with_scales(*fit.prefill),
+            decode_cost=self._costs["decode"].with_scales(*fit.decode),
             link_latency_s=max(1e-4, fit.message_s),
             block_size=config.engine.block_size,
             prefill_config=config.prefill,
@@ -218,9 +220,6 @@ class Study:
         )
 
     # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _cost(self, config: TandemConfig, role: Role) -> CostModel:
-        return role_cost(config, resolve(config.engine.model), role)
 
     def _arranged(self, arrangement: Arrangement) -> TandemConfig:
         cluster = self._config.cluster.model_copy(update=arrangement.cluster)

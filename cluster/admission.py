@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 from cluster.deadline import within
 from engine.errors import DeadlineExceeded, Overloaded
 from engine.running_average import RunningAverage
+from engine.slack_queue import PATIENCE_S
 
 # Before the first request has finished, nothing is known of how long one takes.
 FIRST_GUESS_S = 1.0
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
-PATIENCE_S = 30.0
 
 Ticket = asyncio.Future[None]
 

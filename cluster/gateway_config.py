@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.errors import InvalidArgument
+from engine.errors import ConfigError, InvalidArgument
 from engine.objectives import Objectives
 
 Policy = Literal["goodput", "round_robin", "random", "least_loaded", "power_of_two", "prefix_affinity"]
+
+
+def require_policy(name: str, where: str) -> None:
+    """Raises ConfigError that names `where` for a policy that there is not."""
+    if name not in get_args(Policy):
+        raise ConfigError(f"{where}: got {name!r}, expected one of {', '.join(get_args(Policy))}")
 
 
 class RouterConfig(BaseModel):

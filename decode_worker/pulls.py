@@ -7,14 +7,12 @@ A request that waits here holds at most the prefix that it has pinned in the cac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from decode_worker.sequence import Request, RequestState
 from engine.block_pool import BlockPool
-from engine.slack_queue import SlackQueue
-
-# A request without an objective for its first token gets its turn as if it were due then.
-PATIENCE_S = 30.0
+from engine.slack_queue import PATIENCE_S, SlackQueue
 
 
 class Pulls:
@@ -33,7 +31,7 @@ class Pulls:
         due_s = request.submit.ttft_due_s
         if due_s is None:
             # Nobody waits for its turn as long as its deadline, which may be minutes away.
-            due_s = now + PATIENCE_S if request.deadline_s is None else min(request.deadline_s, now + PATIENCE_S)
+            due_s = min(now + PATIENCE_S, math.inf if request.deadline_s is None else request.deadline_s)
         else:
             due_s += request.times.arrived_s
         self._queue.push(request.key, request, now, due_s)

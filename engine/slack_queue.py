@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+# How long an entry without a deadline is patient, and a request without an objective wherever one waits.
+PATIENCE_S = 30.0
+
 Item = TypeVar("Item")
 # Key of the order, serial number of the entry, its key.
 Heap = list[tuple[float, int, str]]
@@ -32,7 +35,7 @@ class _Entry(Generic[Item]):
 class SlackQueue(Generic[Item]):
     """Items under unique keys; push, peek and pop cost O(log n), removal O(1) until the entry surfaces."""
 
-    def __init__(self, patience_s: float = 30.0) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self._patience_s = patience_s
         self._timely: Heap = []
         self._patient: Heap = []

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.controller_config import ControllerConfig
-from cluster.gateway_config import Policy
+from cluster.gateway_config import require_policy
 from cluster.planning.arrivals import ArrivalKind, arrivals
 from cluster.planning.emulation_result import EmulationResult
 from cluster.planning.emulation_spec import EmulationSpec
@@ -73,8 +73,7 @@ def _check(options: EmulateOptions) -> None:
     for flag, number in positive:
         if number is not None and not 0 < number < float("inf"):
             raise ConfigError(f"{flag}: got {number}, expected a positive number")
-    if options.router not in get_args(Policy):
-        raise ConfigError(f"--router: got {options.router!r}, expected one of {', '.join(get_args(Policy))}")
+    require_policy(options.router, "--router")
     if options.arrivals is not None and options.arrivals not in get_args(ArrivalKind):
         raise ConfigError(f"--arrivals: got {options.arrivals!r}, expected {' or '.join(get_args(ArrivalKind))}")
     if (options.arrivals is None) != (options.rate is None):

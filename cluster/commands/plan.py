@@ -14,7 +14,7 @@ from typing import cast, get_args
 
 from rich.console import Console
 
-from cluster.gateway_config import Policy
+from cluster.gateway_config import require_policy
 from cluster.planning.arrangement import Parallel
 from cluster.planning.cost_model import CostModel, cost_model
 from cluster.planning.device_profile import device_profile, known_profiles
@@ -136,8 +136,7 @@ def _check(options: PlanOptions) -> None:
     for flag, time_ms in (("--ttft-ms", options.ttft_ms), ("--tpot-ms", options.tpot_ms)):
         if not 0 < time_ms < math.inf:
             raise ConfigError(f"{flag}: got {time_ms}, expected a positive number of milliseconds")
-    if options.router not in get_args(Policy):
-        raise ConfigError(f"--router: got {options.router!r}, expected one of {', '.join(get_args(Policy))}")
+    require_policy(options.router, "--router")
     if options.affinity is not None and options.affinity not in get_args(Affinity):
         raise ConfigError(f"--affinity: got {options.affinity!r}, expected {' or '.join(get_args(Affinity))}")
     if options.processes < 0:

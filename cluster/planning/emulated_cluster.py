@@ -14,13 +14,12 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import get_args
 
 from cluster.controller_loop import ControllerLoop, sight_of
 from cluster.demand import DemandMeter
 from cluster.flexible_worker import FlexibleWorker
 from cluster.gateway import Gateway
-from cluster.gateway_config import GatewayConfig, Policy, RouterConfig
+from cluster.gateway_config import GatewayConfig, RouterConfig, require_policy
 from cluster.heartbeat import report_forever
 from cluster.links import DecodeLinks
 from cluster.messages import ModelInfo
@@ -35,7 +34,6 @@ from decode_worker.config import DecodeConfig
 from decode_worker.memory import MemoryDecodeTransport
 from decode_worker.stream import DecodeService
 from decode_worker.worker import DecodeWorker
-from engine.errors import ConfigError
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.config import PrefillConfig
@@ -214,8 +212,7 @@ class EmulatedCluster:
 
 def with_policy(config: GatewayConfig, policy: str) -> GatewayConfig:
     """Raises ConfigError for a policy that there is not."""
-    if policy not in get_args(Policy):
-        raise ConfigError(f"router: got {policy!r}, expected one of {', '.join(get_args(Policy))}")
+    require_policy(policy, "router")
     return config.model_copy(update={"router": config.router.model_copy(update={"policy": policy})})
 
 

@@ -130,8 +130,7 @@ class Forecast:
         objectives = query.objectives
         self._ttft_left_s = math.inf if objectives.ttft_s is None else query.due_s - now
         # The first token is not decoded: a single one has no pace.
-        has_pace = objectives.tpot_s is not None and query.answer_tokens > 1
-        self._tpot_limit_s = objectives.tpot_s if has_pace and objectives.tpot_s is not None else math.inf
+        self._tpot_limit_s = math.inf if objectives.tpot_s is None or query.answer_tokens < 2 else objectives.tpot_s
 
     # ── the prompt ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -8,8 +8,9 @@ import random
 
 import pytest
 
-from cluster.admission import PATIENCE_S, Admission
+from cluster.admission import Admission
 from engine.errors import DeadlineExceeded, Overloaded
+from engine.slack_queue import PATIENCE_S
 from tests.cluster.fake_decode import on_virtual_time
 
 
