@@ -1,13 +1,13 @@
 """Does the emulator say what really happens? The same requests against real workers, and against their emulation.
 
-    python -m bench.emulator_against_reality [--profile F] [--slo 1500,90] [--split-rates 0.8,1.2,1.6,2]
+    python -m bench.emulator_against_reality [--profile F] [--slo 2500,90] [--split-rates 0.7,1.2,1.8,2.6]
         [--colocated-rates …] [--n 100] [--seeds 2] --out FOLDER [--write NAME]
 
 The real model on this machine's CPU, one thread a worker: one prefill and one decode worker, and two colocated ones.
 Fitted: the profile (`tandem profile`, measured here first unless --profile brings one), and from one run of each
-arrangement at its second rate how much longer steps take beside others on the same machine (the workers' own scales)
-and what a message takes (from requests alone). Judged: other runs, with other prompts, lengths and arrivals, at four
-rates from light to overload. The emulation gets nothing of these but when each request came and how long it was.
+arrangement at its second rate how much longer steps take beside others on the same machine (bench/scale_fit.py) and
+what a message takes (from requests alone). Judged: other runs, with other prompts, lengths and arrivals, at four rates
+from light to overload. The emulation gets nothing of these but when each request came and how long it was.
 
 Attainment of each cell, real and emulated, and the goodput that follows: the rate at which attainment crosses 90 %,
 on a straight line between rates. FOLDER gets runs.jsonl (an interrupted study goes on from it) and report.md.
@@ -23,16 +23,16 @@ import os
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tandem.client import Client
 
 from bench.plots import draw_panels, image
 from bench.reality_report import Cell, panels_of, report
 from bench.report import stamp, write_section
+from bench.scale_fit import Latencies, Scales, fit_scales
 from bench.servers import running, tandem_server
 from bench.turns_report import pairs_of
 from cluster.commands.profile import profile
@@ -44,6 +44,7 @@ from cluster.loadtest.prompts import RandomTokens
 from cluster.loadtest.record import Record, from_json, to_json
 from cluster.loadtest.request import LoadRequest
 from cluster.loadtest.tandem_target import TandemTarget
+from cluster.planning.emulation_result import RequestRecord
 from cluster.planning.emulation_spec import EmulationSpec
 from cluster.planning.emulator import emulate
 from cluster.planning.trace import Trace, TraceRequest
@@ -79,11 +80,9 @@ ARRANGEMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What one run told: scales of (prompts, decoding) of the worker that computes prompts and of the one that decodes,
-    and seconds of a message."""
+    """What one run told: how much longer steps take than alone, and seconds of a message."""
 
-    prefill: tuple[float, float]
-    decode: tuple[float, float]
+    scales: Scales
     message_s: float
 
 
@@ -98,8 +97,8 @@ class Store:
                 values = json.loads(line)
                 self.runs[values["name"]] = values
 
-    def add(self, name: str, records: Sequence[Record], **values: object) -> None:
-        values |= {"name": name, "records": [to_json(record, with_gaps=False) for record in records]}
+    def add(self, name: str, records: Sequence[Record]) -> None:
+        values = {"name": name, "records": [to_json(record, with_gaps=False) for record in records]}
         self.runs[name] = values
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -152,7 +151,7 @@ class Study:
                         continue
                     requests = self._requests(rate, seed, source)
                     records = await play(target, requests, objectives=self._objectives, timeout_s=TIMEOUT_S)
-                    self._store.add(name, records, scales=await scales(address))
+                    self._store.add(name, records)
                     self._say(f"{name}: {attainment(records, self._objectives):.3f}")
             finally:
                 await target.close()
@@ -164,25 +163,27 @@ class Study:
             prompt, tokens = source.prompt(PROMPT_TOKENS, (), rng)
             request = LoadRequest(index, 0.0, prompt, tokens, ANSWER_TOKENS)
             records += await play(target, [request], objectives=NO_OBJECTIVES, timeout_s=TIMEOUT_S)
-        self._store.add(f"{arrangement.name} alone", records[WARM_UP:], scales=await scales(target.url))
+        self._store.add(f"{arrangement.name} alone", records[WARM_UP:])
 
     # ── emulated ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fit(self, arrangement: Arrangement) -> Fit:
         """From the run that is not judged, and from requests alone."""
-        run = self._store.runs[self._name(arrangement, self._rates(arrangement)[1], FIT_SEED)]
-        workers = run["scales"].values()
-        prompts = [(scale[1], scale[2]) for scale in workers if scale[0] == "prefill"]
-        decodes = [(scale[1], scale[2]) for scale in workers if scale[0] == "decode"]
-        fit = Fit(mean_of(prompts or decodes), mean_of(decodes), 0.0)
         alone = self._store.records(f"{arrangement.name} alone")
         real_s = statistics.median(record.ttft_s for record in alone if record.ttft_s is not None)
         trace = Trace(tuple(TraceRequest(30.0 * i, PROMPT_TOKENS, ANSWER_TOKENS) for i in range(ALONE)))
         # Alone on the machine a step takes what the profile says.
-        undisturbed = replace(fit, prefill=(1.0, 1.0), decode=(1.0, 1.0))
-        result = emulate(self._spec(arrangement, undisturbed, 0, NO_OBJECTIVES), trace)
+        result = emulate(self._spec(arrangement, Fit(Scales(1.0, 1.0), 0.0), 0, NO_OBJECTIVES), trace)
         emulated_s = statistics.median(record.ttft_s for record in result.records if record.ttft_s is not None)
-        return replace(fit, message_s=max(0.0, real_s - emulated_s) / arrangement.hops)
+        message_s = max(0.0, real_s - emulated_s) / arrangement.hops
+        records = self._store.records(self._name(arrangement, self._rates(arrangement)[1], FIT_SEED))
+        trace = as_sent(records)
+
+        def emulated(scales: Scales, noise: int) -> Latencies:
+            spec = self._spec(arrangement, Fit(scales, message_s), noise, self._objectives)
+            return latencies(emulate(spec, trace).records)
+
+        return Fit(fit_scales(latencies(records), emulated), message_s)
 
     def _cell(self, arrangement: Arrangement, rate: float, fit: Fit) -> Cell:
         real, emulated, refused, refused_emulated = [], [], 0, 0.0
@@ -190,10 +191,7 @@ class Study:
             records = self._store.records(self._name(arrangement, rate, seed))
             real.append(attainment(records, self._objectives))
             refused += sum(record.ending == "rejected" for record in records)
-            # As they were really sent, and as long as they were asked for.
-            trace = Trace(
-                tuple(TraceRequest(r.arrival_s + max(0.0, r.late_s), r.prompt_tokens, r.asked_tokens) for r in records)
-            )
+            trace = as_sent(records)
             results = [emulate(self._spec(arrangement, fit, noise, self._objectives), trace) for noise in NOISE_SEEDS]
             emulated.append(statistics.fmean(result.attainment for result in results))
             refused_emulated += statistics.fmean(result.rejected for result in results)
@@ -201,6 +199,7 @@ class Study:
 
     def _spec(self, arrangement: Arrangement, fit: Fit, seed: int, objectives: Objectives) -> EmulationSpec:
         config, cluster = self._arranged(arrangement), arrangement.cluster
+        scales = (fit.scales.prompts, fit.scales.decodes)
         return EmulationSpec(
             model=config.engine.model,
             prefill=cluster["prefill"],
@@ -209,8 +208,8 @@ class Study:
             router=config.gateway.router.policy,
             objectives=objectives,
             seed=seed,
-            prefill_cost=self._costs["prefill"].with_scales(*fit.prefill),
-            decode_cost=self._costs["decode"].with_scales(*fit.decode),
+            prefill_cost=self._costs["prefill"].with_scales(*scales),
+            decode_cost=self._costs["decode"].with_scales(*scales),
             link_latency_s=max(1e-4, fit.message_s),
             block_size=config.engine.block_size,
             prefill_config=config.prefill,
@@ -254,25 +253,27 @@ def attainment(records: Sequence[Record], objectives: Objectives) -> float:
     return sum(record.is_met(objectives) for record in records) / len(records)
 
 
-def mean_of(scales: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    prompts, decodes = zip(*scales, strict=True)
-    return statistics.fmean(prompts), statistics.fmean(decodes)
+def as_sent(records: Sequence[Record]) -> Trace:
+    """The requests when they were really sent, and as long as they were asked for."""
+    return Trace(
+        tuple(TraceRequest(r.arrival_s + max(0.0, r.late_s), r.prompt_tokens, r.asked_tokens) for r in records)
+    )
 
 
-async def scales(address: str) -> dict[str, tuple[str, float, float]]:
-    """Of each worker: its role, and how much longer its prompts and its decoding take than the profile says."""
-    async with Client(address) as client:
-        workers = (await client.status()).workers
-    return {worker.worker_id: (worker.role, worker.prefill_scale, worker.decode_scale) for worker in workers}
+def latencies(records: Sequence[Record] | Sequence[RequestRecord]) -> Latencies:
+    return Latencies(
+        tuple(record.ttft_s for record in records if record.ttft_s is not None),
+        tuple(record.tpot_s for record in records if record.tpot_s),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--profile", type=Path, help="what `tandem profile` wrote for one thread")
-    parser.add_argument("--slo", default="1500,90", metavar="TTFT_MS,TPOT_MS")
-    parser.add_argument("--split-rates", default="0.8,1.2,1.6,2.4", help="from light to overload; the second is fitted")
-    parser.add_argument("--colocated-rates", default="0.8,1.2,1.6,2.4")
+    parser.add_argument("--slo", default="2500,90", metavar="TTFT_MS,TPOT_MS")
+    parser.add_argument("--split-rates", default="0.7,1.2,1.8,2.6", help="from light to overload; the second is fitted")
+    parser.add_argument("--colocated-rates", default="0.7,1.2,1.6,2.2")
     parser.add_argument("--policy", default="goodput")
     parser.add_argument("--n", type=int, default=100, help="requests of each run")
     parser.add_argument("--seeds", type=int, default=2)
