@@ -74,8 +74,8 @@ class Dispatcher:
         if not isinstance(answer, Defer):
             raise _error(answer)
         # Without a worker nothing was promised.
-        is_promised = math.isfinite(answer.until_s)
-        return await self._wait(replace(query, was_deferred=is_promised), answer, deadline_s, now)
+        query = _promised(query, answer) if math.isfinite(answer.until_s) else query
+        return await self._wait(query, answer, deadline_s, now)
 
     def news(self) -> None:
         """Something has changed at a worker."""
@@ -155,7 +155,7 @@ class Dispatcher:
 
     def _put_off(self, ticket: int, waiter: _Waiter, defer: Defer) -> None:
         """The router knows more of the request than when it came: its place in the order follows."""
-        waiter.query = replace(waiter.query, was_deferred=True)
+        waiter.query = _promised(waiter.query, defer)
         waiter.until_s, waiter.for_all = defer.until_s, defer.for_all
         self._view.waiting.leave(ticket)
         self._view.waiting.enter(ticket, defer.latest_start_s, defer.work_s)
@@ -213,6 +213,11 @@ class Dispatcher:
     def _ring(self) -> None:
         self._timer = None
         self._ask_again()
+
+
+def _promised(query: RouteQuery, defer: Defer) -> RouteQuery:
+    """What the first Defer said is what counts."""
+    return query if query.was_deferred else replace(query, was_deferred=True, promised_s=defer.predicted_ttft_s)
 
 
 def _latest_s(defer: Defer, now: float = -math.inf) -> float:

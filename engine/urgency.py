@@ -22,23 +22,23 @@ from engine.step_cost import StepCost, StepWork
 STRETCH = 10.0
 # What a prompt token takes where no cost model says, for comparing prompts with one another.
 TOKEN_S = 0.001
-# A prompt counts as late when even this share of its predicted time would not do: predictions can be that far off.
-OPTIMISM = 0.85
+# A first token has three hops to go to its client; planned without these, a prompt that is just in time is too late.
+WAY_BACK_S = 0.005
 # Every so many steps, one whose patience is over goes before the timely ones.
 LATE_TURN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Urgency:
-    """`patient_until_s`: when the prompt should have started by its patience. `due_s`: when its first token should be
-    there by its objective, inf without one. Times of the loop."""
+    """`patient_until_s`: when the prompt should have started by its patience. `due_s`: when it should be computed by
+    its objective, inf without one. Times of the loop."""
 
     patient_until_s: float
     due_s: float = math.inf
 
     def late_after_s(self, left_s: float) -> float:
         """Until when the objective can be met with `left_s` seconds of work to go; −inf without one."""
-        return -math.inf if self.due_s == math.inf else self.due_s - OPTIMISM * left_s
+        return -math.inf if self.due_s == math.inf else self.due_s - left_s
 
     def rank(self, left_s: float, now: float, is_late_turn: bool) -> tuple[int, float]:
         """Sorts prompts, the most urgent first."""
@@ -57,7 +57,7 @@ def urgency(
         ends_s = [time for time in (patience_s, ttft_due_s, deadline_s) if time is not None]
         return Urgency(min(ends_s) - work_s)
     patience_s = patience_s if deadline_s is None else min(patience_s, deadline_s)
-    due_s = math.inf if ttft_due_s is None else ttft_due_s
+    due_s = math.inf if ttft_due_s is None else ttft_due_s - WAY_BACK_S
     return Urgency(patience_s - work_s, due_s if deadline_s is None or due_s == math.inf else min(due_s, deadline_s))
 
 

@@ -35,6 +35,9 @@ from engine.urgency import LATE_TURN, prompt_s, urgency
 from prefill_worker.config import PrefillConfig
 from prefill_worker.job import Job, JobState, Turn
 
+# A step that must end in time is planned with this much more: predictions err by some percent.
+CAUTION = 1.05
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -220,7 +223,8 @@ class PrefillScheduler:
             return count
 
         def is_short_enough(tokens: int) -> bool:
-            return now + cost.step_s(StepWork((*before, (tokens, job.computed)))) <= end_s
+            step_s = cost.step_s(StepWork((*before, (tokens, job.computed))))
+            return now + CAUTION * step_s <= end_s
 
         size = self.pool.block_size
         short = longest_chunk(job.computed, count, size, is_short_enough)

@@ -2,7 +2,8 @@
 
 P(actual <= limit) is the share of past ratios r with predicted * r <= limit: quantiles of residuals, not a fitted law,
 since queues make tails that no normal distribution has. First tokens are split by kind, because local prefill errs
-differently; the pace after them is that of the decode worker, wherever the prompt came from.
+differently, and so does a request that waits at the gateway first: its ratio is that of the whole time since it came,
+and the wait is most of it. The pace after them is that of the decode worker, wherever the prompt came from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Literal
 
-Kind = Literal["pair", "local"]
+Kind = Literal["pair", "local", "waiting"]
 WINDOW = 256
 # Before there are data: ratios spread evenly in the quantiles of a logistic law of this scale, around 1.
 PRIOR_COUNT = 16
@@ -77,5 +78,5 @@ class Calibration:
     """TTFT of each kind of route, and TPOT."""
 
     def __init__(self) -> None:
-        self.ttft: dict[Kind, Residuals] = {"pair": Residuals(), "local": Residuals()}
+        self.ttft: dict[Kind, Residuals] = {"pair": Residuals(), "local": Residuals(), "waiting": Residuals()}
         self.tpot = Residuals()

@@ -66,6 +66,8 @@ class GoodputRouter:
         if booking.route.predicted_first_s > 0:
             actual_s = now - booking.routed_s
             self.calibration.ttft[_kind(booking)].add(booking.predicted_first_s, actual_s)
+        if booking.query.promised_s > 0:
+            self._learn_waiting(booking.query, now)
 
     def learn_tpot(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
         if booking.route.predicted_tpot_s > 0 and answer_tokens >= LEAST_ANSWER:
@@ -84,13 +86,19 @@ class GoodputRouter:
         latest_start_s = (query.due_s if math.isfinite(query.due_s) else patient_until_s) - work_s
         if query.has_objectives:
             if best.probability < config.min_probability or (best.worth <= config.min_worth and not query.was_deferred):
+                if query.promised_s > 0:
+                    self._learn_waiting(query, now + best.ttft_s)
                 return Reject(_why(best, query, now), self._retry_after_s(best, query, now))
         elif best.worth <= config.min_worth and now < patient_until_s:
             until_s = min(patient_until_s, now + LOOK_AGAIN_S)
             return Defer("others would miss their objectives", until_s, latest_start_s, work_s)
         if waits_s > LEAST_WAIT_S:
-            return Defer("every worker has work for now", now + waits_s, latest_start_s, work_s, for_all=True)
+            ttft_s = now - query.arrived_s + best.ttft_s
+            return Defer("every worker has work for now", now + waits_s, latest_start_s, work_s, True, ttft_s)
         return best.route(query, now)
+
+    def _learn_waiting(self, query: RouteQuery, first_s: float) -> None:
+        self.calibration.ttft["waiting"].add(query.promised_s, first_s - query.arrived_s)
 
     def _best(
         self, forecast: Forecast, query: RouteQuery, view: ClusterView, now: float, rng: random.Random

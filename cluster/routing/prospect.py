@@ -23,6 +23,7 @@ from cluster.routing.price import ShadowPrice
 from cluster.routing.query import Route, RouteQuery
 from cluster.routing.view import ClusterView
 from cluster.routing.worker_load import DecodeLoad, PrefillLoad
+from engine.urgency import LATE_TURN
 
 # Decides between prospects that are equally good: a second of a request's time, its own or another's, in requests.
 LATENCY_WORTH = 1e-3
@@ -155,21 +156,29 @@ class Forecast:
         return prompt, added_s
 
     def _queued(self, backlog: Backlog, worker_id: str, address: str, cached: int, work_s: float, kind: Kind) -> Prompt:
-        """Behind those in the queue that have less slack, before the others: some of these may then be late."""
-        queue_s = wait_s = backlog.wait_s(self._now)
+        """Behind those in the queue that have less slack, before the others: some of these may then be late. Those that
+        are late already give way, but for every so many steps."""
+        now = self._now
+        queue_s = wait_s = backlog.wait_s(now)
         latest_start_s = self.query.due_s - work_s
         loss = 0.0
         if math.isfinite(latest_start_s):
             residuals = self._calibration.ttft[kind]
+            # What is not this gateway's may all be in front.
+            ahead_s, late_s = max(0.0, queue_s - backlog.own_work_s), 0.0
             for other in backlog.bookings:
-                if other.latest_start_s <= latest_start_s:
-                    continue
-                wait_s -= other.work_s
-                limit_s = other.query.due_s - other.routed_s
-                if math.isfinite(limit_s):
-                    first_s = other.predicted_first_s
-                    loss += residuals.probability(first_s, limit_s) - residuals.probability(first_s + work_s, limit_s)
-        return Prompt(worker_id, address, cached, work_s, max(0.0, wait_s), queue_s, loss)
+                if now > other.query.due_s:
+                    late_s += other.work_s
+                elif other.latest_start_s <= latest_start_s:
+                    ahead_s += other.work_s
+                else:
+                    limit_s = other.query.due_s - other.routed_s
+                    if math.isfinite(limit_s):
+                        first_s = other.predicted_first_s
+                        loss += residuals.probability(first_s, limit_s)
+                        loss -= residuals.probability(first_s + work_s, limit_s)
+            wait_s = min(queue_s, ahead_s + min(late_s, ahead_s / (LATE_TURN - 1)))
+        return Prompt(worker_id, address, cached, work_s, wait_s, queue_s, loss)
 
     # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -197,7 +206,8 @@ class Forecast:
         tpot_s = after_s + exposed_s / max(1.0, answer - 1.0)
         probability = 1.0
         if math.isfinite(self._ttft_left_s):
-            probability = self._calibration.ttft[kind].probability(ttft_s, self._ttft_left_s)
+            residuals = self._calibration.ttft["waiting" if self._waits(kind, prompt, decode) else kind]
+            probability = residuals.probability(ttft_s, self._ttft_left_s)
         if math.isfinite(self._tpot_limit_s):
             probability *= self._calibration.tpot.probability(tpot_s, self._tpot_limit_s)
         decode_work_s = (after_s - before_s if state.rows else 0.0) * answer + added_s
@@ -214,6 +224,12 @@ class Forecast:
             self._price(kind, prompt, ttft_s, after_s, decode_work_s, decode),
             ttft_s + exposed_s + answer * after_s + max(1.0, state.rows) * added_s,
         )
+
+    def _waits(self, kind: Kind, prompt: Prompt, decode: DecodeLoad) -> bool:
+        """Whether it will be kept at the gateway first."""
+        if self.query.was_deferred or (kind == "local" and not decode.report.stats.local_only):
+            return False
+        return self.ahead_s + prompt.queue_s > self._config.lead_s
 
     def _step_s(self, decode: DecodeLoad) -> float:
         stats = decode.report.stats

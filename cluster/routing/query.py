@@ -21,7 +21,8 @@ class RouteQuery:
 
     `total_tokens` is the most that prompt and one answer can hold together, `rows` how many answers are asked for.
     `names` are the prompt's block names, None where prefixes do not matter. With `was_deferred` the router has already
-    said that it will be placed, and only goes back on that when its objective is out of reach.
+    said that it will be placed, and only goes back on that when its objective is out of reach. `promised_s`: how long
+    after its arrival its first token was expected then; 0.0 where nothing was said.
     """
 
     prompt_tokens: int
@@ -31,6 +32,7 @@ class RouteQuery:
     arrived_s: float = 0.0
     names: BlockNames | None = None
     was_deferred: bool = False
+    promised_s: float = 0.0
 
     @property
     def due_s(self) -> float:
@@ -83,6 +85,7 @@ class Defer:
     other request could be started either.
 
     `latest_start_s` orders those that wait: when the prompt must start to be in time. `work_s` is what it will take.
+    `predicted_ttft_s` as in `Route`.
     """
 
     reason: str
@@ -90,6 +93,7 @@ class Defer:
     latest_start_s: float = math.inf
     work_s: float = 0.0
     for_all: bool = False
+    predicted_ttft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

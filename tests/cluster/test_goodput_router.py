@@ -9,6 +9,7 @@ import pytest
 from cluster.prefix_index import BlockNames
 from cluster.routing.booking import Booking
 from cluster.routing.query import Defer, Impossible, Reject, Route
+from engine.urgency import LATE_TURN
 from tests.cluster.routing_bench import ANSWER, NOW, Bench, prefill_s, query
 
 PROMPT = tuple(range(1000))
@@ -264,6 +265,46 @@ def test_one_that_was_promised_a_place_is_only_refused_when_it_is_out_of_reach()
     promised = query(ttft_s=1.0, tpot_s=0.05, was_deferred=True)
     assert isinstance(bench.ask(promised), Route)
     assert isinstance(bench.ask(promised, now=NOW + 0.999), Reject)
+
+
+def test_promises_at_the_gateway_are_judged_by_how_such_promises_were_kept() -> None:
+    """What a short way from a worker to the client takes says little of how long one waits at the gateway."""
+    bench = Bench("p", "d", allow_local=False, lead_s=0.1)
+    bench.report("p", queued_tokens=8000, queued_s=0.7)
+    question = query(ttft_s=1.0, tpot_s=0.05)
+    promise = bench.ask(question)
+    assert isinstance(promise, Defer)
+    assert promise.predicted_ttft_s == pytest.approx(0.7 + prefill_s(1000))
+    promised = replace(question, was_deferred=True, promised_s=promise.predicted_ttft_s)
+    for _ in range(100):
+        # Routed late, but as soon as it is routed all goes as predicted.
+        route = bench.route(promised, now=NOW + 0.9)
+        bench.router.learn_ttft(Booking(promised, route, NOW + 1.4), NOW + 1.4 + route.predicted_first_s)
+    assert isinstance(bench.ask(question), Reject)
+    idle = Bench("p", "d", allow_local=False, lead_s=0.1)
+    idle.router = bench.router
+    assert isinstance(idle.ask(question), Route), "one that need not wait is judged as before"
+
+
+def test_a_promise_that_is_taken_back_was_not_kept() -> None:
+    bench = Bench("p", "d", allow_local=False, lead_s=0.1)
+    question = query(ttft_s=1.0, tpot_s=0.05)
+    for _ in range(100):
+        assert isinstance(bench.ask(replace(question, was_deferred=True, promised_s=0.5), now=NOW + 0.999), Reject)
+    bench.report("p", queued_tokens=8000, queued_s=0.5)
+    assert isinstance(bench.ask(question), Reject)
+
+
+def test_those_that_are_late_already_give_way_but_for_every_so_many_steps() -> None:
+    bench = Bench("p", "d", allow_local=False, lead_s=10.0)
+    late = [bench.send(query(8000, ttft_s=1.3)) for _ in range(3)]
+    timely = bench.send(query(2000, ttft_s=9.0))
+    # Nobody has had a first token: something holds the worker up.
+    bench.report("p", queued_tokens=26_000, queued_s=1.0, now=NOW + 1.4)
+    route = bench.route(query(ttft_s=19.0, arrived_s=NOW + 1.4), now=NOW + 1.4)
+    turns_s = timely.work_s / (LATE_TURN - 1)
+    assert timely.work_s + turns_s < 1.0 < sum(booking.work_s for booking in late)
+    assert route.predicted_first_s == pytest.approx(timely.work_s + turns_s + prefill_s(1000))
 
 
 def test_under_lasting_overload_heavy_work_is_refused_and_light_work_is_not() -> None:

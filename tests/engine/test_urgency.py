@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.chunking import longest_chunk
 from engine.slack_queue import SlackQueue
 from engine.step_cost import StepCost, StepWork
-from engine.urgency import OPTIMISM, STRETCH, TOKEN_S, Urgency, prompt_s, urgency
+from engine.urgency import STRETCH, TOKEN_S, WAY_BACK_S, Urgency, prompt_s, urgency
 from tests.planning.linear_cost import LinearCost
 
 
@@ -29,13 +29,14 @@ def test_without_a_cost_model_an_objective_is_a_short_patience() -> None:
 
 def test_with_one_patience_counts_once_the_objective_is_missed() -> None:
     found = urgency(5.0, 5.5, None, 0.1, is_predicted=True)
-    assert found == Urgency(pytest.approx(5.9), 5.5)
-    assert found.late_after_s(0.1) == pytest.approx(5.5 - OPTIMISM * 0.1)
-    assert found.rank(0.1, 5.41, is_late_turn=False) == (1, 5.5)
+    due_s = 5.5 - WAY_BACK_S
+    assert found == Urgency(pytest.approx(5.9), due_s)
+    assert found.late_after_s(0.1) == pytest.approx(due_s - 0.1)
+    assert found.rank(0.1, due_s - 0.101, is_late_turn=False) == (1, due_s)
     assert found.rank(0.1, 5.42, is_late_turn=True) == (2, pytest.approx(5.9)), "late, but still patient"
     assert found.rank(0.1, 5.91, is_late_turn=False) == (2, pytest.approx(5.9))
     assert found.rank(0.1, 5.91, is_late_turn=True) == (0, pytest.approx(5.9))
-    assert found.rank(0.02, 5.42, is_late_turn=False) == (1, 5.5), "most of it is done: in time after all"
+    assert found.rank(0.02, 5.42, is_late_turn=False) == (1, due_s), "most of it is done: in time after all"
 
 
 def test_a_deadline_ends_both() -> None:

@@ -10,9 +10,10 @@ from engine.batch import Sampled, StepOutput
 from engine.block_pool import BlockPool
 from engine.errors import Overloaded
 from engine.step_cost import StepCost
+from engine.urgency import WAY_BACK_S
 from prefill_worker.config import PrefillConfig
 from prefill_worker.job import Job, JobState
-from prefill_worker.scheduler import PrefillBatch, PrefillScheduler
+from prefill_worker.scheduler import CAUTION, PrefillBatch, PrefillScheduler
 from tests.emulated import call
 from tests.planning.linear_cost import LinearCost
 
@@ -26,8 +27,9 @@ def make(saturation: int = 400, num_blocks: int = 200, **limits: int) -> Prefill
 
 
 def arrive(scheduler: PrefillScheduler, key: str, tokens: int, due_s: float | None = None, now: float = 0.0) -> Job:
-    """A prompt that shares nothing with others; `due_s` counts from now."""
-    job = Job(key, call([hash(key) % 1000, *range(1, tokens)], ttft_due_s=due_s), now, None)
+    """A prompt that shares nothing with others. It should be computed `due_s` from now; its token has a way to go."""
+    ttft_due_s = None if due_s is None else due_s + WAY_BACK_S
+    job = Job(key, call([hash(key) % 1000, *range(1, tokens)], ttft_due_s=ttft_due_s), now, None)
     scheduler.arrive(job, now)
     return job
 
@@ -58,14 +60,14 @@ def test_the_earliest_objective_goes_first_and_those_without_one_last() -> None:
 
 def test_who_cannot_be_in_time_goes_behind_who_can() -> None:
     scheduler = make(max_batch_prompts=1)
-    # 1,000 tokens take 52 ms alone, so after 0.2 − 0.85 · 0.052 there is no hope.
+    # 1,000 tokens take 52 ms alone, so after 0.2 − 0.052 there is no hope.
     arrive(scheduler, "long", 1000, 0.2)
     arrive(scheduler, "short", 100, 0.3)
-    assert spans(scheduler.schedule(0.15))[0][0] == "long"
+    assert spans(scheduler.schedule(0.147))[0][0] == "long"
     scheduler = make(max_batch_prompts=1)
     arrive(scheduler, "long", 1000, 0.2)
     arrive(scheduler, "short", 100, 0.3)
-    assert spans(scheduler.schedule(0.16))[0][0] == "short"
+    assert spans(scheduler.schedule(0.149))[0][0] == "short"
 
 
 def test_a_running_prompt_that_becomes_late_gives_way_and_is_not_forgotten() -> None:
@@ -106,9 +108,12 @@ def test_a_late_one_s_turn_is_cut_such_that_the_urgent_one_can_start_in_time() -
         arrive(scheduler, "urgent", 100, due_s, now=1.0)
         return spans(scheduler.schedule(1.0))
 
-    assert turn(0.030) == [("late", 0, 400)], "22 ms, and 7 for the other: in time"
-    assert turn(0.028) == [("late", 0, 380)], "21 ms are left for it"
-    assert turn(0.0121) == [("late", 0, 60)], "5.1 ms"
+    def due(step_s: float) -> float:
+        return 0.007 + CAUTION * step_s
+
+    assert turn(due(0.023)) == [("late", 0, 400)], "22 ms, and 7 for the other: in time"
+    assert turn(due(0.0211)) == [("late", 0, 380)], "21.1 ms are left for it"
+    assert turn(due(0.0051)) == [("late", 0, 60)], "5.1 ms"
     assert turn(0.008) == [("late", 0, 20)], "never below a block"
 
 
@@ -135,8 +140,8 @@ def test_a_prompt_that_ends_in_a_step_is_not_made_late_by_the_others_in_it() -> 
         return spans(scheduler.schedule(0.0))
 
     # Alone 7 ms, with 280 tokens more 21.
-    assert first_step(0.022) == [("urgent", 0, 100), ("other", 0, 280)]
-    assert first_step(0.0151) == [("urgent", 0, 100), ("other", 0, 160)]
+    assert first_step(CAUTION * 0.0211) == [("urgent", 0, 100), ("other", 0, 280)]
+    assert first_step(CAUTION * 0.0151) == [("urgent", 0, 100), ("other", 0, 160)]
     assert first_step(0.0075) == [("urgent", 0, 100)]
 
 
