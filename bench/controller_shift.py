@@ -7,7 +7,8 @@ On the emulator: Llama-3.1-8B on 16 L4s; long prompts with short answers, then t
 For each kind of load the goodput of every fixed split near the best one is found by bisection. Then the controller
 goes through all three phases at shares of the best splits' goodput, from the first phase's best split. The largest
 share at which 90 % of every phase's requests meet their objectives, those that arrive while workers change over
-included, is the part of the fixed splits' goodput that it reaches.
+included, is the part of the fixed splits' goodput that it reaches. With --no-local decode workers compute no prompts:
+then the split has to follow the load.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from typing import Any
 from cluster.controller import Controller, Flip
 from cluster.controller_config import ControllerConfig
 from cluster.demand import DemandMeter
+from cluster.gateway_config import GatewayConfig, RouterConfig
 from cluster.planning.arrivals import arrivals
 from cluster.planning.cost_model import cost_model
-from cluster.planning.emulated_cluster import MAX_BATCH
+from cluster.planning.emulated_cluster import MAX_BATCH, MAX_QUEUED
 from cluster.planning.emulation_result import EmulationResult
 from cluster.planning.emulation_spec import EmulationSpec
 from cluster.planning.emulator import emulate
@@ -129,22 +131,25 @@ class FlipLog(logging.Handler):
                 self.flips.append((asyncio.get_running_loop().time(), action.role))
 
 
-def spec_of(prefill: int, router: str, controller: ControllerConfig | None = None) -> EmulationSpec:
+def spec_of(prefill: int, options: argparse.Namespace, controller: ControllerConfig | None = None) -> EmulationSpec:
+    places = WORKERS * MAX_QUEUED
+    router = RouterConfig(policy=options.router, allow_local=not options.no_local)
     return EmulationSpec(
         profile=PROFILE,
         model=MODEL,
         prefill=prefill,
         decode=WORKERS - prefill,
-        router=router,
+        router=options.router,
         objectives=OBJECTIVES,
+        gateway_config=GatewayConfig(max_running=places, max_waiting=places, router=router),
         controller=controller,
     )
 
 
-def modelled_split(load: Load) -> int:
+def modelled_split(load: Load, options: argparse.Namespace) -> int:
     """What the controller itself would take for the best split of a steady load."""
     cost = cost_model(PROFILE, MODEL)
-    meter = DemandMeter(cost, cost, 1000.0, MAX_BATCH)
+    meter = DemandMeter(cost, cost, 1000.0, MAX_BATCH, has_local=not options.no_local and options.router == "goodput")
     for request in load.requests(20.0, 50.0, 0.0, random.Random(0)):
         assert request.arrival_s is not None
         meter.ended(request.prompt_tokens, 0, request.output_tokens, request.output_tokens)
@@ -155,21 +160,21 @@ def modelled_split(load: Load) -> int:
 
 def goodput_of(load: Load, options: argparse.Namespace, prefill: int) -> float:
     requests = load.requests(20.0, options.search_requests / 20.0, 0.0, random.Random(options.seed))
-    spec, trace = spec_of(prefill, options.router), Trace(tuple(requests))
+    spec, trace = spec_of(prefill, options), Trace(tuple(requests))
     rps = find_goodput(spec, trace, TARGET, tolerance=TOLERANCE, start_rps=15.0, min_span_s=SPAN_S).rps
     print(f"{load.name}: {prefill}P + {WORKERS - prefill}D: {rps:.1f} req/s", file=sys.stderr, flush=True)
     return rps
 
 
 def best_split(load: Load, options: argparse.Namespace) -> BestSplit:
-    middle, beside = modelled_split(load), options.beside
+    middle, beside = modelled_split(load, options), options.beside
     splits = [prefill for prefill in range(middle - beside, middle + beside + 1) if 1 <= prefill < WORKERS]
     with forked(partial(goodput_of, load, options), options.processes) as rates:
         return BestSplit(load, dict(zip(splits, rates(splits), strict=True)))
 
 
-def run_phases(bests: Sequence[BestSplit], share: float, phase_s: float, router: str, seed: int) -> Run:
-    rng = random.Random(seed + 1)
+def run_phases(bests: Sequence[BestSplit], share: float, options: argparse.Namespace) -> Run:
+    phase_s, rng = options.phase_s, random.Random(options.seed + 1)
     requests = [
         request
         for index, best in enumerate(bests)
@@ -181,7 +186,7 @@ def run_phases(bests: Sequence[BestSplit], share: float, phase_s: float, router:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        result = emulate(spec_of(bests[0].prefill, router, ControllerConfig(enabled=True)), Trace(tuple(requests)))
+        result = emulate(spec_of(bests[0].prefill, options, ControllerConfig(enabled=True)), Trace(tuple(requests)))
     finally:
         logger.removeHandler(log)
     splits = [best.prefill for best in bests]
@@ -238,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--phase-s", type=float, default=600.0, help="length of each phase")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.95, 1.0], help="of the best fixed goodput")
     parser.add_argument("--router", default="goodput")
+    parser.add_argument("--no-local", action="store_true", help="prompts are computed by prefill workers only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="splits that are searched side by side")
     parser.add_argument("--beside", type=int, default=2, help="splits on either side of the load model's best")
@@ -246,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found = {load: best_split(load, options) for load in dict.fromkeys(PHASES)}
     bests = [found[load] for load in PHASES]
-    runs = [run_phases(bests, share, options.phase_s, options.router, options.seed) for share in options.shares]
+    runs = [run_phases(bests, share, options) for share in options.shares]
     if options.json:
         print(json.dumps(as_json(bests[:2], runs)))
     else:

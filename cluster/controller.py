@@ -4,6 +4,8 @@ The load of a split is that of its bottleneck, as a part of what the pool bears 
 
     load(n_p, n_d) = max( prefill demand / bearable_prefill(n_p),  decode demand / bearable_decode(n_d) )
 
+Where the router has decode workers compute prompts too, as many go there as make both pools equally full.
+
 One step is made towards the split of least load when that is clearly less (`min_gain`), when there is need (`busy`, or
 attainment below `target`), when several decisions in a row agree, and when the last action has come to rest. A step is
 never undone before the arrivals themselves have changed (`min_shift`): whatever the workers report meanwhile, constant
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.controller_config import ControllerConfig
-from cluster.demand import LOCAL_COST, Demand, bearable_decode, bearable_prefill
+from cluster.demand import Demand, bearable_decode, bearable_prefill
 from cluster.registry import Role
 from engine.stats import LoopStats
 
@@ -137,9 +139,14 @@ class Controller:
         if decode == 0:
             return math.inf
         if prefill == 0:
-            return (LOCAL_COST * demand.prefill + demand.decode) / bearable_decode(demand, decode)
-        of_prefill = demand.prefill / bearable_prefill(demand, prefill, self._config.target)
-        return max(of_prefill, demand.decode / bearable_decode(demand, decode))
+            return (demand.local_cost * demand.prefill + demand.decode) / bearable_decode(demand, decode)
+        prompts, rows = bearable_prefill(demand, prefill, self._config.target), bearable_decode(demand, decode)
+        of_prefill, of_decode = demand.prefill / prompts, demand.decode / rows
+        if demand.has_local and of_prefill > of_decode:
+            # Decode workers take prompts over until both pools are as full.
+            moved = (demand.prefill * rows - demand.decode * prompts) / (rows + demand.local_cost * prompts)
+            return (demand.prefill - moved) / prompts
+        return max(of_prefill, of_decode)
 
     def best_prefill(self, demand: Demand, count: int, now_prefill: int) -> int:
         """How many of `count` workers should prefill; the nearest to `now_prefill` of equals."""

@@ -9,11 +9,13 @@ A pool of n workers bears less than n: arrivals come in bunches, and the objecti
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.routing.costs import riding_s
 from engine.objectives import Objectives
 
 # No pool is asked to be busier than this, whatever the objectives allow.
@@ -26,12 +28,13 @@ ANSWERS_MIN = 20
 ROWS_MAX = 1024
 # Of a TPOT objective, what the steps of a planned batch may take: prompts and new neighbours take the rest.
 TPOT_PART = 0.9
-# What a prompt costs more on a decode worker, whose own steps it stretches meanwhile. An assumption, not a measurement.
-LOCAL_COST = 1.25
 
 
 class Cost(Protocol):
     """Of cluster/planning/cost_model.py's CostModel, what is asked here."""
+
+    @property
+    def saturation_tokens(self) -> int: ...
 
     def prefill_s(self, new_tokens: int, context: int = 0, chunk_tokens: int | None = None) -> float: ...
 
@@ -45,7 +48,9 @@ class Demand:
     `prompt_s`: mean seconds of a prompt alone; `residual_s`: E[s²]/E[s] of the same, which grows with their spread.
     `answer_s`: seconds of one worker that an answer takes. `rows`: sequences that one decode worker runs within TPOT.
     `ttft_s` None: no such objective. `mix`: which pool the work is for, as ln(prefill / decode) by the cost models as
-    they were: neither a flip nor what the workers learn of themselves can change it.
+    they were: neither a flip nor what the workers learn of themselves can change it. `local_cost`: what a prompt takes
+    of a decode worker among its decode steps, over what it takes of a prefill worker. `has_local`: prompts go there
+    though there are prefill workers.
     """
 
     requests: int
@@ -57,12 +62,15 @@ class Demand:
     rows: int
     ttft_s: float | None
     mix: float = 0.0
+    local_cost: float = 1.0
+    has_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     at_s: float
     prompt_tokens: int
+    new_tokens: int
     prompt_s: float
     max_tokens: int
     ttft_s: float | None
@@ -72,10 +80,23 @@ class _Arrival:
 class DemandMeter:
     """Adds up the arrivals of the last `window_s` seconds. Rejected requests are demand like all others.
 
-    `max_rows` bounds a decode worker's batch beside TPOT and memory.
+    `max_rows` bounds a decode worker's batch beside TPOT and memory. A decode worker computes prompts in steps of
+    `local_chunk_tokens`, None for the saturation length, and `has_local` says whether it does so unless it must.
     """
 
-    def __init__(self, prefill_cost: Cost, decode_cost: Cost, window_s: float, max_rows: int = ROWS_MAX) -> None:
+    def __init__(
+        self,
+        prefill_cost: Cost,
+        decode_cost: Cost,
+        window_s: float,
+        max_rows: int = ROWS_MAX,
+        *,
+        local_chunk_tokens: int | None = None,
+        has_local: bool = False,
+    ) -> None:
+        self._local_chunk = local_chunk_tokens or decode_cost.saturation_tokens
+        self._least_step_s = decode_cost.decode_s(1, 1)
+        self._has_local = has_local
         self._prefill_cost = prefill_cost
         self._decode_cost = decode_cost
         self._window_s = window_s
@@ -91,7 +112,9 @@ class DemandMeter:
         taken from those that have ended."""
         new_tokens = max(1, round(prompt_tokens * (1.0 - self._cached_tokens / self._prompt_tokens)))
         prompt_s = self._prefill_cost.prefill_s(new_tokens, prompt_tokens - new_tokens)
-        self._arrivals.append(_Arrival(now, prompt_tokens, prompt_s, max_tokens, objectives.ttft_s, objectives.tpot_s))
+        self._arrivals.append(
+            _Arrival(now, prompt_tokens, new_tokens, prompt_s, max_tokens, objectives.ttft_s, objectives.tpot_s)
+        )
         if self._first_s is None:
             self._first_s = now
 
@@ -134,7 +157,16 @@ class DemandMeter:
             rows=rows,
             ttft_s=_mean(arrival.ttft_s for arrival in arrivals),
             mix=math.log((prompts_s / scales[0] / span_s + 1e-9) / (tokens * plain_s / span_s + 1e-9)),
+            local_cost=self._local_cost(arrivals),
+            has_local=self._has_local,
         )
+
+    def _local_cost(self, arrivals: Iterable[_Arrival]) -> float:
+        """By the mean prompt."""
+        new_tokens = max(1, round(statistics.fmean(arrival.new_tokens for arrival in arrivals)))
+        alone_s = self._decode_cost.prefill_s(new_tokens, 0, self._local_chunk)
+        local_s = riding_s(alone_s, -(-new_tokens // self._local_chunk), self._least_step_s)
+        return local_s / self._prefill_cost.prefill_s(new_tokens)
 
     def _batch(self, context: float, tpot_s: float | None, kv_tokens: int | None, scale: float) -> tuple[int, float]:
         """Rows of the largest batch within TPOT and memory, and seconds of a worker that each of its tokens takes."""

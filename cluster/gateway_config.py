@@ -25,7 +25,8 @@ class RouterConfig(BaseModel):
 
     policy: Policy = Field(default="goodput", description="How workers are chosen, and whether requests are refused.")
     allow_local: bool = Field(
-        default=True, description="Prefill on the decode worker when no prefill worker can be had."
+        default=True,
+        description="Decode workers may compute prompts: where the goodput policy prefers it, else for want of others.",
     )
     default_prefill_tokens_per_s: float = Field(
         default=1000.0, gt=0, allow_inf_nan=False, description="Assumed of a worker that has not computed a prompt yet."
@@ -76,6 +77,11 @@ class RouterConfig(BaseModel):
     prefix_entries: int = Field(
         default=1 << 20, ge=0, description="Most (block, worker) pairs that are remembered of the prefix caches."
     )
+
+    @property
+    def has_local(self) -> bool:
+        """Whether decode workers compute prompts though there are prefill workers."""
+        return self.allow_local and self.policy == "goodput"
 
 
 class ObjectivesConfig(BaseModel):

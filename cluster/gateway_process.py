@@ -91,7 +91,14 @@ def make_controller(
     cluster = config.cluster
     if not cluster.controller.enabled:
         return None
-    meter = DemandMeter(prefill_cost, decode_cost, cluster.controller.window_s, config.decode.max_batch)
+    meter = DemandMeter(
+        prefill_cost,
+        decode_cost,
+        cluster.controller.window_s,
+        config.decode.max_batch,
+        local_chunk_tokens=config.gateway.router.local_chunk_tokens,
+        has_local=config.gateway.router.has_local,
+    )
     return ControllerLoop(cluster.controller, meter, cluster.prefill + cluster.decode, fleet)
 
 

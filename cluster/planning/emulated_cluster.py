@@ -180,7 +180,15 @@ class EmulatedCluster:
         spec, costs = self._spec, self._costs
         if spec.controller is None:
             return None
-        meter = DemandMeter(costs.prefill, costs.decode, spec.controller.window_s, self._decode_config.max_batch)
+        router = self._gateway_config().router
+        meter = DemandMeter(
+            costs.prefill,
+            costs.decode,
+            spec.controller.window_s,
+            self._decode_config.max_batch,
+            local_chunk_tokens=router.local_chunk_tokens,
+            has_local=router.has_local,
+        )
         return ControllerLoop(spec.controller, meter, spec.prefill + spec.decode)
 
     def _gateway_config(self) -> GatewayConfig:

@@ -95,10 +95,8 @@ class ModelCosts:
         return self._decode_step_s(max(1, round(rows)), context_tokens) * stats.decode_scale
 
     def local_s(self, stats: LoopStats, new_tokens: int, cached_tokens: int) -> float:
-        # A chunk's tokens ride on a step that reads the weights anyway; what is fixed in a step is not paid again.
         alone_s = _chunks_s(self._local_step_s, new_tokens, cached_tokens, self._local_chunk)
-        steps = self.local_steps(new_tokens)
-        return max(0.5 * alone_s, alone_s - steps * self._least_step_s) * stats.prefill_scale
+        return riding_s(alone_s, self.local_steps(new_tokens), self._least_step_s) * stats.prefill_scale
 
     def local_steps(self, new_tokens: int) -> int:
         return -(-new_tokens // self._local_chunk)
@@ -153,6 +151,12 @@ def worker_costs(cost: CostLike | RoleCosts | None, config: RouterConfig) -> Wor
 
 def _prompt_step_s(cost: CostLike, new_tokens: int, context_tokens: int) -> float:
     return cost.step_s(StepWork(((new_tokens, context_tokens),))) if new_tokens else 0.0
+
+
+def riding_s(alone_s: float, steps: int, least_step_s: float) -> float:
+    """What a prompt of `alone_s` adds to `steps` decode steps. Its tokens ride on steps that read the weights anyway;
+    what is fixed in a step, `least_step_s`, is not paid again."""
+    return max(0.5 * alone_s, alone_s - steps * least_step_s)
 
 
 def _chunks_s(step_s: CostTable, new_tokens: int, cached_tokens: int, chunk_tokens: int) -> float:

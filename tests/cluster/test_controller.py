@@ -150,6 +150,24 @@ def test_what_changes_is_left_to_come_to_rest():
     assert acted.index(True) == CONFIG.cooldown_s - 1
 
 
+def test_where_prompts_go_to_decode_workers_too_both_pools_fill_alike():
+    controller = Controller(CONFIG, 16)
+    demand = replace(EVEN, prefill=9.0, decode=3.0)
+    assert controller.load(demand, 4, 12) > 2.0
+    shared = replace(demand, has_local=True, local_cost=1.0)
+    assert controller.load(shared, 4, 12) == pytest.approx(controller.load(shared, 8, 8), rel=0.05)
+    assert controller.load(shared, 4, 12) == pytest.approx(12 / (16 * 0.95), rel=0.05)
+    idle = replace(EVEN, prefill=1.0, decode=3.0, has_local=True)
+    assert controller.load(idle, 8, 8) == controller.load(replace(idle, has_local=False), 8, 8), "no need"
+
+
+@pytest.mark.parametrize(("local_cost", "prefill"), [(0.5, 1), (2.0, 12)])
+def test_prompts_are_left_to_decode_workers_where_they_are_cheap_there(local_cost: float, prefill: int):
+    controller = Controller(CONFIG, 16)
+    demand = replace(EVEN, prefill=12.0, decode=4.0, has_local=True, local_cost=local_cost)
+    assert controller.best_prefill(demand, 16, 8) == prefill
+
+
 def test_local_workers_are_left_alone():
     local = tuple(
         replace(worker, worker_id=f"c-{worker.worker_id}", stats=replace(IDLE, local_only=True))

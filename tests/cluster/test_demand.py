@@ -43,6 +43,18 @@ def test_workers_worth_of_a_steady_stream():
     assert demand.ttft_s == pytest.approx(1.0)
 
 
+def test_a_prompt_on_a_decode_worker_rides_on_steps_that_are_made_anyway():
+    """200 tokens in chunks of 100 add 2 · 100 ms: the 10 ms of a step are paid already, and its one row's 1 ms is not
+    of the prompt."""
+    demands = DemandMeter(COST, DECODE, 10.0, local_chunk_tokens=100, has_local=True)
+    for _ in range(ANSWERS_MIN):
+        demands.ended(prompt_tokens=200, cached_tokens=0, max_tokens=100, answer_tokens=100)
+    fill(demands, 10, 200, 71, NO_OBJECTIVES)
+    demand = demands.demand(20.0)
+    assert demand.has_local
+    assert demand.local_cost == pytest.approx((0.22 - 2 * 0.011) / 0.2)
+
+
 def test_memory_bounds_the_batch():
     demands = meter()
     fill(demands, 10, 200, 101, Objectives(1.0, 0.05))
