@@ -5,7 +5,7 @@
 
 The real model on this machine's CPU, one thread a worker: one prefill and one decode worker, and two colocated ones.
 Fitted: the profile (`tandem profile`, measured here first unless --profile brings one), and from one run of each
-arrangement at its second rate how much longer steps take beside others on the same machine (bench/scale_fit.py) and
+arrangement at its third rate how much longer steps take beside others on the same machine (bench/scale_fit.py) and
 what a message takes (from requests alone). Judged: other runs, with other prompts, lengths and arrivals, at four rates
 from light to overload. The emulation gets nothing of these but when each request came and how long it was.
 
@@ -32,7 +32,7 @@ from rich.console import Console
 from bench.plots import draw_panels, image
 from bench.reality_report import Cell, panels_of, report
 from bench.report import stamp, write_section
-from bench.scale_fit import Latencies, Scales, fit_scales
+from bench.scale_fit import Latency, Scales, fit_scales
 from bench.servers import running, tandem_server
 from bench.turns_report import pairs_of
 from cluster.commands.profile import profile
@@ -57,6 +57,8 @@ from engine.objectives import NO_OBJECTIVES, Objectives
 PROMPT_TOKENS, ANSWER_TOKENS, SIGMA = 256, 64, 0.5
 LONGEST_PROMPT, LONGEST_ANSWER = 1024, 256
 FIT_SEED = 1000
+# Of the rates, the one that is fitted: a busy one, or the steps beside others are too few to tell how long they take.
+FIT_RATE = 2
 ALONE, WARM_UP = 8, 3
 TIMEOUT_S = 300.0
 # Emulations of a cell, each with other noise: their mean is compared.
@@ -145,7 +147,7 @@ class Study:
                 source = RandomTokens(vocab_size)
                 await self._play_alone(arrangement, target, source)
                 judged = itertools.product(rates, range(self._arguments.seeds))
-                for rate, seed in [(rates[1], FIT_SEED), *judged]:
+                for rate, seed in [(rates[FIT_RATE], FIT_SEED), *judged]:
                     name = self._name(arrangement, rate, seed)
                     if name in self._store.runs:
                         continue
@@ -176,10 +178,10 @@ class Study:
         result = emulate(self._spec(arrangement, Fit(Scales(1.0, 1.0), 0.0), 0, NO_OBJECTIVES), trace)
         emulated_s = statistics.median(record.ttft_s for record in result.records if record.ttft_s is not None)
         message_s = max(0.0, real_s - emulated_s) / arrangement.hops
-        records = self._store.records(self._name(arrangement, self._rates(arrangement)[1], FIT_SEED))
+        records = self._store.records(self._name(arrangement, self._rates(arrangement)[FIT_RATE], FIT_SEED))
         trace = as_sent(records)
 
-        def emulated(scales: Scales, noise: int) -> Latencies:
+        def emulated(scales: Scales, noise: int) -> list[Latency]:
             spec = self._spec(arrangement, Fit(scales, message_s), noise, self._objectives)
             return latencies(emulate(spec, trace).records)
 
@@ -230,7 +232,7 @@ class Study:
 
     def _names(self, arrangement: Arrangement, rates: Sequence[float]) -> list[str]:
         judged = [self._name(arrangement, rate, seed) for rate in rates for seed in range(self._arguments.seeds)]
-        return [f"{arrangement.name} alone", self._name(arrangement, rates[1], FIT_SEED), *judged]
+        return [f"{arrangement.name} alone", self._name(arrangement, rates[FIT_RATE], FIT_SEED), *judged]
 
     @staticmethod
     def _name(arrangement: Arrangement, rate: float, seed: int) -> str:
@@ -260,11 +262,8 @@ def as_sent(records: Sequence[Record]) -> Trace:
     )
 
 
-def latencies(records: Sequence[Record] | Sequence[RequestRecord]) -> Latencies:
-    return Latencies(
-        tuple(record.ttft_s for record in records if record.ttft_s is not None),
-        tuple(record.tpot_s for record in records if record.tpot_s),
-    )
+def latencies(records: Sequence[Record] | Sequence[RequestRecord]) -> list[Latency]:
+    return [Latency(record.ttft_s, record.tpot_s) for record in records]
 
 
 def main() -> None:
@@ -272,7 +271,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--profile", type=Path, help="what `tandem profile` wrote for one thread")
     parser.add_argument("--slo", default="2500,90", metavar="TTFT_MS,TPOT_MS")
-    parser.add_argument("--split-rates", default="0.7,1.2,1.8,2.6", help="from light to overload; the second is fitted")
+    parser.add_argument("--split-rates", default="0.7,1.2,1.8,2.6", help="from light to overload; the third is fitted")
     parser.add_argument("--colocated-rates", default="0.7,1.2,1.6,2.2")
     parser.add_argument("--policy", default="goodput")
     parser.add_argument("--n", type=int, default=100, help="requests of each run")

@@ -24,15 +24,17 @@ from cluster.planning.trace import read_trace
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"
 BASELINES = ("round_robin", "random", "least_loaded", "power_of_two", "prefix_affinity")
 COLOCATED = "16 colocated"
-# No run of a search is shorter: several times as long as an answer takes, or queues and batches would not be those of
-# the rate.
-SPANS_S = {
-    "azure2023_conv": 30.0,
-    "azure2023_code": 30.0,
-    "mooncake_conversation": 60.0,
-    "mooncake_synthetic": 60.0,
-    "servegen_deepseek_r1.sampled": 120.0,
+# Where each search begins, in requests per second, and the shortest of its runs: several times as long as an answer
+# takes, or queues and batches would not be those of the rate.
+SEARCHES = {
+    "azure2023_conv": (300.0, 20.0),
+    "azure2023_code": (50.0, 30.0),
+    "mooncake_conversation": (20.0, 60.0),
+    "mooncake_synthetic": (20.0, 60.0),
+    "servegen_deepseek_r1.sampled": (150.0, 60.0),
 }
+# A search ends within this part of the answer.
+TOLERANCE = 0.04
 ARMS = (*BASELINES, "goodput", COLOCATED)
 
 
@@ -67,7 +69,9 @@ def search(arm: Arm) -> tuple[Arm, float]:
     """(the arm, its goodput in requests per second of all 16 GPUs)"""
     # Mooncake's clock ticks every 3 s; nobody's requests do.
     trace = read_trace(TRACES / f"{arm.trace}.jsonl", arm.limit).spread()
-    return arm, find_goodput(spec_of(arm), trace, min_span_s=SPANS_S[arm.trace]).rps
+    start_rps, span_s = SEARCHES[arm.trace]
+    found = find_goodput(spec_of(arm), trace, tolerance=TOLERANCE, start_rps=start_rps, min_span_s=span_s)
+    return arm, found.rps
 
 
 def main() -> None:
