@@ -131,9 +131,12 @@ class FlipLog(logging.Handler):
                 self.flips.append((asyncio.get_running_loop().time(), action.role))
 
 
+def router_of(options: argparse.Namespace) -> RouterConfig:
+    return RouterConfig(policy=options.router, allow_local=not options.no_local)
+
+
 def spec_of(prefill: int, options: argparse.Namespace, controller: ControllerConfig | None = None) -> EmulationSpec:
     places = WORKERS * MAX_QUEUED
-    router = RouterConfig(policy=options.router, allow_local=not options.no_local)
     return EmulationSpec(
         profile=PROFILE,
         model=MODEL,
@@ -141,7 +144,7 @@ def spec_of(prefill: int, options: argparse.Namespace, controller: ControllerCon
         decode=WORKERS - prefill,
         router=options.router,
         objectives=OBJECTIVES,
-        gateway_config=GatewayConfig(max_running=places, max_waiting=places, router=router),
+        gateway_config=GatewayConfig(max_running=places, max_waiting=places, router=router_of(options)),
         controller=controller,
     )
 
@@ -149,7 +152,7 @@ def spec_of(prefill: int, options: argparse.Namespace, controller: ControllerCon
 def modelled_split(load: Load, options: argparse.Namespace) -> int:
     """What the controller itself would take for the best split of a steady load."""
     cost = cost_model(PROFILE, MODEL)
-    meter = DemandMeter(cost, cost, 1000.0, MAX_BATCH, has_local=not options.no_local and options.router == "goodput")
+    meter = DemandMeter(cost, cost, 1000.0, MAX_BATCH, has_local=router_of(options).has_local)
     for request in load.requests(20.0, 50.0, 0.0, random.Random(0)):
         assert request.arrival_s is not None
         meter.ended(request.prompt_tokens, 0, request.output_tokens, request.output_tokens)

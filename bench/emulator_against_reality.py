@@ -161,11 +161,13 @@ class Study:
     async def _play_alone(self, arrangement: Arrangement, target: TandemTarget, source: RandomTokens) -> None:
         """Requests that have the service to themselves; the first warm it up."""
         rng, records = random.Random("alone"), list[Record]()
-        for index in range(WARM_UP + ALONE):
+        is_known = f"{arrangement.name} alone" in self._store.runs
+        for index in range(WARM_UP if is_known else WARM_UP + ALONE):
             prompt, tokens = source.prompt(PROMPT_TOKENS, (), rng)
             request = LoadRequest(index, 0.0, prompt, tokens, ANSWER_TOKENS)
             records += await play(target, [request], objectives=NO_OBJECTIVES, timeout_s=TIMEOUT_S)
-        self._store.add(f"{arrangement.name} alone", records[WARM_UP:])
+        if not is_known:
+            self._store.add(f"{arrangement.name} alone", records[WARM_UP:])
 
     # ── emulated ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

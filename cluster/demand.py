@@ -95,7 +95,6 @@ class DemandMeter:
         has_local: bool = False,
     ) -> None:
         self._local_chunk = local_chunk_tokens or decode_cost.saturation_tokens
-        self._least_step_s = decode_cost.decode_s(1, 1)
         self._has_local = has_local
         self._prefill_cost = prefill_cost
         self._decode_cost = decode_cost
@@ -165,7 +164,7 @@ class DemandMeter:
         """By the mean prompt."""
         new_tokens = max(1, round(statistics.fmean(arrival.new_tokens for arrival in arrivals)))
         alone_s = self._decode_cost.prefill_s(new_tokens, 0, self._local_chunk)
-        local_s = riding_s(alone_s, -(-new_tokens // self._local_chunk), self._least_step_s)
+        local_s = riding_s(alone_s, -(-new_tokens // self._local_chunk), self._decode_cost.decode_s(1, 1))
         return local_s / self._prefill_cost.prefill_s(new_tokens)
 
     def _batch(self, context: float, tpot_s: float | None, kv_tokens: int | None, scale: float) -> tuple[int, float]:

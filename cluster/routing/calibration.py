@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Literal
 
-Kind = Literal["pair", "local", "waiting"]
+Kind = Literal["pair", "local"]
 WINDOW = 256
 # Before there are data: ratios spread evenly in the quantiles of a logistic law of this scale, around 1.
 PRIOR_COUNT = 16
@@ -75,8 +75,10 @@ class Residuals:
 
 
 class Calibration:
-    """TTFT of each kind of route, and TPOT."""
+    """TTFT of each kind of route from when it was taken, `promise`: that of requests that waited at the gateway first,
+    from when they came; and TPOT."""
 
     def __init__(self) -> None:
-        self.ttft: dict[Kind, Residuals] = {"pair": Residuals(), "local": Residuals(), "waiting": Residuals()}
+        self.ttft: dict[Kind, Residuals] = {"pair": Residuals(), "local": Residuals()}
+        self.promise = Residuals()
         self.tpot = Residuals()

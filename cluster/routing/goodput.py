@@ -66,8 +66,7 @@ class GoodputRouter:
         if booking.route.predicted_first_s > 0:
             actual_s = now - booking.routed_s
             self.calibration.ttft[_kind(booking)].add(booking.predicted_first_s, actual_s)
-        if booking.query.promised_s > 0:
-            self._learn_waiting(booking.query, now)
+        self._learn_promise(booking.query, now)
 
     def learn_tpot(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
         if booking.route.predicted_tpot_s > 0 and answer_tokens >= LEAST_ANSWER:
@@ -86,8 +85,7 @@ class GoodputRouter:
         latest_start_s = (query.due_s if math.isfinite(query.due_s) else patient_until_s) - work_s
         if query.has_objectives:
             if best.probability < config.min_probability or (best.worth <= config.min_worth and not query.was_deferred):
-                if query.promised_s > 0:
-                    self._learn_waiting(query, now + best.ttft_s)
+                self._learn_promise(query, now + best.ttft_s)
                 return Reject(_why(best, query, now), self._retry_after_s(best, query, now))
         elif best.worth <= config.min_worth and now < patient_until_s:
             until_s = min(patient_until_s, now + LOOK_AGAIN_S)
@@ -97,8 +95,10 @@ class GoodputRouter:
             return Defer("every worker has work for now", now + waits_s, latest_start_s, work_s, True, ttft_s)
         return best.route(query, now)
 
-    def _learn_waiting(self, query: RouteQuery, first_s: float) -> None:
-        self.calibration.ttft["waiting"].add(query.promised_s, first_s - query.arrived_s)
+    def _learn_promise(self, query: RouteQuery, first_s: float) -> None:
+        """One that is due at no time goes behind all that are: how long it waited says nothing of these."""
+        if query.promised_s > 0 and math.isfinite(query.due_s):
+            self.calibration.promise.add(query.promised_s, first_s - query.arrived_s)
 
     def _best(
         self, forecast: Forecast, query: RouteQuery, view: ClusterView, now: float, rng: random.Random

@@ -206,7 +206,8 @@ class Forecast:
         tpot_s = after_s + exposed_s / max(1.0, answer - 1.0)
         probability = 1.0
         if math.isfinite(self._ttft_left_s):
-            residuals = self._calibration.ttft["waiting" if self._waits(kind, prompt, decode) else kind]
+            is_kept = self._is_kept_back(kind, prompt, decode)
+            residuals = self._calibration.promise if is_kept else self._calibration.ttft[kind]
             probability = residuals.probability(ttft_s, self._ttft_left_s)
         if math.isfinite(self._tpot_limit_s):
             probability *= self._calibration.tpot.probability(tpot_s, self._tpot_limit_s)
@@ -225,7 +226,7 @@ class Forecast:
             ttft_s + exposed_s + answer * after_s + max(1.0, state.rows) * added_s,
         )
 
-    def _waits(self, kind: Kind, prompt: Prompt, decode: DecodeLoad) -> bool:
+    def _is_kept_back(self, kind: Kind, prompt: Prompt, decode: DecodeLoad) -> bool:
         """Whether it will be kept at the gateway first."""
         if self.query.was_deferred or (kind == "local" and not decode.report.stats.local_only):
             return False
