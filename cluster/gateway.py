@@ -248,7 +248,7 @@ class Gateway:
                 if booking.first_s is None and run.answer.first_s is not None:
                     self._ledger.first_token(booking, now)
                     self._dispatcher.news()
-                booking.drawn, booking.drawn_s = run.answer.token_count // run.request.params.n, now
+                self._ledger.drew(booking, run.answer.token_count // run.request.params.n, now)
                 return chunk
             case Failed(error=error):
                 raise error

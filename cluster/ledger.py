@@ -33,9 +33,14 @@ class Ledger:
         self._view.first_token(booking, now)
         self._router.learn_ttft(booking, now)
 
+    def drew(self, booking: Booking, tokens: int, now: float) -> None:
+        """Each of its answers has this many tokens now."""
+        self._view.answers.drew((tokens - booking.drawn) * booking.query.rows)
+        booking.drawn, booking.drawn_s = tokens, now
+
     def finished(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
         """It was answered whole."""
-        self._view.answered(answer_tokens)
+        self._view.answers.ended(booking.query.rows)
         self._router.learn_tpot(booking, tpot_s, answer_tokens)
 
     def end(self, booking: Booking, now: float) -> None:

@@ -36,6 +36,9 @@ LEAST_ANSWER = 4
 # How often is looked whether there is room for one without objectives, and what is no wait worth the name.
 LOOK_AGAIN_S = 0.2
 LEAST_WAIT_S = 1e-3
+# Whoever is refused hears of it within this time. One that was put off for longer was promised an answer, and gets it
+# late where the promise fails: a worker computes late prompts when it has no other, or in every fourth step.
+TOLD_WITHIN_S = 0.05
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
 
 
@@ -84,7 +87,10 @@ class GoodputRouter:
         patient_until_s = query.arrived_s + config.patience_s
         latest_start_s = (query.due_s if math.isfinite(query.due_s) else patient_until_s) - work_s
         if query.has_objectives:
-            if best.probability < config.min_probability or (best.worth <= config.min_worth and not query.was_deferred):
+            is_hopeless = best.probability < config.min_probability
+            if is_hopeless and now - query.arrived_s > TOLD_WITHIN_S:
+                return best.route(query, now)
+            if is_hopeless or (best.worth <= config.min_worth and not query.was_deferred):
                 self._learn_promise(query, now + best.ttft_s)
                 return Reject(_why(best, query, now), self._retry_after_s(best, query, now))
         elif best.worth <= config.min_worth and now < patient_until_s:

@@ -21,7 +21,7 @@ class RouteQuery:
 
     `total_tokens` is the most that prompt and one answer can hold together, `rows` how many answers are asked for.
     `names` are the prompt's block names, None where prefixes do not matter. With `was_deferred` the router has already
-    said that it will be placed, and only goes back on that when its objective is out of reach. `promised_s`: how long
+    said that it will be placed, and only goes back on that within the first moment. `promised_s`: how long
     after its arrival its first token was expected then; 0.0 where nothing was said.
     """
 

@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 
 from cluster.prefix_index import PrefixIndex
 from cluster.registry import WorkerReport
+from cluster.routing.answer_length import AnswerLength
 from cluster.routing.backlog import Backlog
 from cluster.routing.booking import Booking
 from cluster.routing.costs import WorkerCosts
@@ -21,8 +22,6 @@ from cluster.routing.load_order import LoadOrder
 from cluster.routing.waiting_room import WaitingRoom
 from cluster.routing.worker_load import DecodeLoad, PrefillLoad
 
-# Answers that the mean length looks back on.
-ANSWERS = 256
 # A prompt that waits weighs as much as so many rows, as in vLLM's balancing of its replicas.
 WAITING_WEIGHT = 4
 
@@ -50,9 +49,7 @@ class ClusterView:
         self.prefill_capacities: Counter[int] = Counter()
         self.decode_capacities: Counter[int] = Counter()
         self.block_sizes: Counter[int] = Counter()
-        # Mean length of an answer, in tokens.
-        self.answer_tokens = answer_tokens
-        self._answers = 0
+        self.answers = AnswerLength(answer_tokens)
         self._all_orders = (
             self.prefill_order,
             self.local_order,
@@ -156,13 +153,12 @@ class ClusterView:
             decode.end(booking, now)
             self._replace(route.decode_id)
 
-    def answered(self, answer_tokens: int) -> None:
-        """An answer of so many tokens is complete: what the mean length is made of. It starts from the configured
-        guess, which weighs as much as a few answers."""
-        self._answers = min(self._answers + 1, ANSWERS)
-        self.answer_tokens += (answer_tokens - self.answer_tokens) / (self._answers + 8)
-
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def answer_tokens(self) -> float:
+        """Mean tokens of an answer."""
+        return self.answers.mean
 
     @property
     def computing_count(self) -> int:

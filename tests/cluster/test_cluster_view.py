@@ -134,7 +134,8 @@ def test_mean_answers_start_from_the_guess_and_follow_what_is_seen() -> None:
     assert view.expected_answer(1000) == CONFIG.typical_answer_tokens
     assert view.expected_answer(7) == 7
     for _ in range(500):
-        view.answered(400)
+        view.answers.drew(400)
+        view.answers.ended(1)
     assert 380 < view.expected_answer(1000) <= 400
 
 

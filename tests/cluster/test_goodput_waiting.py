@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.routing.booking import Booking
+from cluster.routing.goodput import TOLD_WITHIN_S
 from cluster.routing.query import Defer, Reject, Route
 from engine.urgency import LATE_TURN
 from tests.cluster.routing_bench import NOW, Bench, prefill_s, query
@@ -47,13 +48,25 @@ def test_a_newcomer_that_would_make_those_who_wait_late_is_refused() -> None:
     assert answer.reason == "it would make others miss their objectives"
 
 
-def test_one_that_was_promised_a_place_is_only_refused_when_it_is_out_of_reach() -> None:
+def test_one_that_was_promised_a_place_is_refused_at_once_or_never() -> None:
+    """Then a late answer is better than a late refusal."""
     bench = Bench("p", "d", allow_local=False, min_worth=1.0)
     question = query(ttft_s=1.0, tpot_s=0.05)
     assert isinstance(bench.ask(question), Reject)
     promised = query(ttft_s=1.0, tpot_s=0.05, was_deferred=True)
     assert isinstance(bench.ask(promised), Route)
-    assert isinstance(bench.ask(promised, now=NOW + 0.999), Reject)
+    assert isinstance(bench.ask(promised, now=NOW + 0.999), Route)
+    hasty = query(ttft_s=TOLD_WITHIN_S + 0.001, tpot_s=0.05, was_deferred=True)
+    assert isinstance(bench.ask(hasty, now=NOW + TOLD_WITHIN_S), Reject)
+    assert isinstance(bench.ask(hasty, now=NOW + TOLD_WITHIN_S + 0.001), Route)
+
+
+def test_one_whose_promise_has_failed_does_not_wait_for_an_empty_queue() -> None:
+    """At the gateway it would stand in front of all, at a worker it gives way."""
+    bench = Bench("p", "d", allow_local=False, lead_s=0.1)
+    bench.report("p", queued_tokens=8000, queued_s=0.7, now=NOW + 0.95)
+    promised = query(ttft_s=1.0, tpot_s=0.05, was_deferred=True)
+    assert isinstance(bench.ask(promised, now=NOW + 0.95), Route)
 
 
 def test_promises_at_the_gateway_are_judged_by_how_such_promises_were_kept() -> None:
@@ -77,9 +90,10 @@ def test_promises_at_the_gateway_are_judged_by_how_such_promises_were_kept() -> 
 
 def test_a_promise_that_is_taken_back_was_not_kept() -> None:
     bench = Bench("p", "d", allow_local=False, lead_s=0.1)
-    question = query(ttft_s=1.0, tpot_s=0.05)
+    hasty = query(ttft_s=TOLD_WITHIN_S, tpot_s=0.05, was_deferred=True, promised_s=0.001)
     for _ in range(100):
-        assert isinstance(bench.ask(replace(question, was_deferred=True, promised_s=0.5), now=NOW + 0.999), Reject)
+        assert isinstance(bench.ask(hasty, now=NOW + 0.999 * TOLD_WITHIN_S), Reject)
+    question = query(ttft_s=1.0, tpot_s=0.05)
     bench.report("p", queued_tokens=8000, queued_s=0.5)
     assert isinstance(bench.ask(question), Reject)
 

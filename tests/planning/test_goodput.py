@@ -10,7 +10,7 @@ import pytest
 from cluster.planning.arrivals import arrivals
 from cluster.planning.emulated_cluster import ONE_FRAME
 from cluster.planning.emulation_spec import EmulationSpec
-from cluster.planning.goodput import Goodput, find_goodput
+from cluster.planning.goodput import Goodput, attains, find_goodput
 from cluster.planning.trace import Trace, TraceRequest
 from engine.errors import ConfigError
 from engine.objectives import Objectives
@@ -68,6 +68,15 @@ def test_it_is_the_highest_rate_that_the_queue_bears() -> None:
     place = rates.index(found.rps)
     assert all(probe.is_attained for probe in found.probes[: place + 1])
     assert not found.probes[place + 1].is_attained
+
+
+def test_one_rate_is_judged_as_the_search_judges_it() -> None:
+    found = find_goodput(SPEC, TRACE, tolerance=0.05, start_rps=4.0, min_span_s=1.0)
+    failed = next(probe for probe in found.probes if not probe.is_attained)
+    assert attains(SPEC, TRACE, found.rps, min_span_s=1.0)
+    assert not attains(SPEC, TRACE, failed.rate_rps, min_span_s=1.0)
+    with pytest.raises(ConfigError, match="rate"):
+        attains(SPEC, Trace((TraceRequest(0.0, 8, 1),) * 2), 1.0)
 
 
 @pytest.mark.nightly
