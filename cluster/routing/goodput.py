@@ -39,6 +39,8 @@ LEAST_WAIT_S = 1e-3
 # Whoever is refused hears of it within this time. One that was put off for longer was promised an answer, and gets it
 # late where the promise fails: a worker computes late prompts when it has no other, or in every fourth step.
 TOLD_WITHIN_S = 0.05
+# So a promise has to be more likely to be kept than not: one that fails costs a worker a prompt that helps nobody.
+LEAST_PROMISE = 0.5
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
 
 
@@ -97,6 +99,8 @@ class GoodputRouter:
             until_s = min(patient_until_s, now + LOOK_AGAIN_S)
             return Defer("others would miss their objectives", until_s, latest_start_s, work_s)
         if waits_s > LEAST_WAIT_S:
+            if query.has_objectives and not query.was_deferred and best.probability < LEAST_PROMISE:
+                return Reject(_why(best, query, now), self._retry_after_s(best, query, now))
             ttft_s = now - query.arrived_s + best.ttft_s
             return Defer("every worker has work for now", now + waits_s, latest_start_s, work_s, True, ttft_s)
         return best.route(query, now)

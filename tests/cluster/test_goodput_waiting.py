@@ -61,6 +61,19 @@ def test_one_that_was_promised_a_place_is_refused_at_once_or_never() -> None:
     assert isinstance(bench.ask(hasty, now=NOW + TOLD_WITHIN_S + 0.001), Route)
 
 
+def test_a_place_is_promised_only_when_that_is_more_likely_kept_than_not() -> None:
+    bench = Bench("p", "d", allow_local=False, lead_s=0.1)
+    bench.report("p", queued_tokens=8000, queued_s=0.7)
+    done_s = 0.7 + prefill_s(1000)
+    assert isinstance(bench.ask(query(ttft_s=1.05 * done_s, tpot_s=0.05)), Defer)
+    hardly = bench.ask(query(ttft_s=0.95 * done_s, tpot_s=0.05))
+    assert isinstance(hardly, Reject)
+    assert hardly.reason.startswith("the first token would take about")
+    # Who need not wait is tried with less: nothing was promised.
+    bench.report("p", queued_tokens=0, queued_s=0.0, now=NOW + 0.1)
+    assert isinstance(bench.ask(query(ttft_s=0.95 * prefill_s(1000), arrived_s=NOW + 0.1), now=NOW + 0.1), Route)
+
+
 def test_one_whose_promise_has_failed_does_not_wait_for_an_empty_queue() -> None:
     """At the gateway it would stand in front of all, at a worker it gives way."""
     bench = Bench("p", "d", allow_local=False, lead_s=0.1)
