@@ -29,6 +29,7 @@ TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"
 # Those that tend to be best come first: the others then end quickly.
 BASELINES = ("prefix_affinity", "least_loaded", "power_of_two", "round_robin", "random")
 COLOCATED = "16 colocated"
+ARMS = (*BASELINES, "goodput", COLOCATED)
 # Where each search begins, in requests per second, and the shortest of its runs: several times as long as an answer
 # takes, or queues and batches would not be those of the rate.
 SEARCHES = {
@@ -82,7 +83,7 @@ def search(name: str, limit: int, seed: int) -> Row:
     trace = read_trace(TRACES / f"{name}.jsonl", limit).spread()
     start_rps, span_s = SEARCHES[name]
     row = Row(name, {}, {})
-    for arm in (*BASELINES, "goodput", COLOCATED):
+    for arm in ARMS:
         spec = spec_of(name, arm, seed)
         best_rps = row.best_rps
         better_rps = (1 + TOLERANCE) * best_rps
@@ -117,15 +118,14 @@ def main() -> None:
 
 def report(rows: Sequence[Row]) -> str:
     """The Markdown table, and the goodput router over the best baseline."""
-    arms = [*BASELINES, "goodput", COLOCATED]
     lines: list[list[str]] = []
     for row in rows:
         objectives = TRACE_OBJECTIVES[row.trace]
         line = [row.trace, f"{(objectives.ttft_s or 0.0) * 1e3:g} / {(objectives.tpot_s or 0.0) * 1e3:g}"]
-        line += [row.shown(arm) for arm in arms]
+        line += [row.shown(arm) for arm in ARMS]
         line.append(f"{row.found['goodput'] / row.best_rps:.2f}" if row.best_rps else "–")
         lines.append(line)
-    return table(["trace", "TTFT / TPOT, ms", *arms, "goodput / best baseline"], lines)
+    return table(["trace", "TTFT / TPOT, ms", *ARMS, "goodput / best baseline"], lines)
 
 
 if __name__ == "__main__":

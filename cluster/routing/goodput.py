@@ -36,8 +36,8 @@ LEAST_ANSWER = 4
 # How often is looked whether there is room for one without objectives, and what is no wait worth the name.
 LOOK_AGAIN_S = 0.2
 LEAST_WAIT_S = 1e-3
-# Whoever is refused hears of it within this time. One that was put off for longer was promised an answer, and gets it
-# late where the promise fails: a worker computes late prompts when it has no other, or in every fourth step.
+# Who was put off for longer than this was promised an answer, and gets it late where the promise fails: a worker
+# computes late prompts when it has no other, or in every so many steps.
 TOLD_WITHIN_S = 0.05
 # So a promise has to be more likely to be kept than not: one that fails costs a worker a prompt that helps nobody.
 LEAST_PROMISE = 0.5
@@ -90,17 +90,16 @@ class GoodputRouter:
         latest_start_s = (query.due_s if math.isfinite(query.due_s) else patient_until_s) - work_s
         if query.has_objectives:
             is_hopeless = best.probability < config.min_probability
-            if is_hopeless and now - query.arrived_s > TOLD_WITHIN_S:
+            if is_hopeless and query.was_deferred and now - query.arrived_s > TOLD_WITHIN_S:
                 return best.route(query, now)
-            if is_hopeless or (best.worth <= config.min_worth and not query.was_deferred):
+            is_doubtful = waits_s > LEAST_WAIT_S and best.probability < LEAST_PROMISE
+            if is_hopeless or (not query.was_deferred and (is_doubtful or best.worth <= config.min_worth)):
                 self._learn_promise(query, now + best.ttft_s)
                 return Reject(_why(best, query, now), self._retry_after_s(best, query, now))
         elif best.worth <= config.min_worth and now < patient_until_s:
             until_s = min(patient_until_s, now + LOOK_AGAIN_S)
             return Defer("others would miss their objectives", until_s, latest_start_s, work_s)
         if waits_s > LEAST_WAIT_S:
-            if query.has_objectives and not query.was_deferred and best.probability < LEAST_PROMISE:
-                return Reject(_why(best, query, now), self._retry_after_s(best, query, now))
             ttft_s = now - query.arrived_s + best.ttft_s
             return Defer("every worker has work for now", now + waits_s, latest_start_s, work_s, True, ttft_s)
         return best.route(query, now)

@@ -61,6 +61,12 @@ def test_one_that_was_promised_a_place_is_refused_at_once_or_never() -> None:
     assert isinstance(bench.ask(hasty, now=NOW + TOLD_WITHIN_S + 0.001), Route)
 
 
+def test_one_that_was_promised_nothing_is_refused_however_long_it_waited() -> None:
+    """For a place at the gateway, or for a worker to come: it would only cost work."""
+    bench = Bench("p", "d", allow_local=False)
+    assert isinstance(bench.ask(query(ttft_s=1.0, tpot_s=0.05), now=NOW + 0.999), Reject)
+
+
 def test_a_place_is_promised_only_when_that_is_more_likely_kept_than_not() -> None:
     bench = Bench("p", "d", allow_local=False, lead_s=0.1)
     bench.report("p", queued_tokens=8000, queued_s=0.7)
