@@ -6,8 +6,10 @@ The load of a split is that of its bottleneck, as a part of what the pool bears 
 
 Where the router has decode workers compute prompts too, as many go there as make both pools equally full.
 
-One step is made towards the split of least load when that is clearly less (`min_gain`), when there is need (`busy`, or
-attainment below `target`), when several decisions in a row agree, and when the last action has come to rest. A step is
+Steps are made towards the split of least load when that is clearly less (`min_gain`), when there is need (`busy`, or
+attainment below `target`), when several decisions in a row agree, and when the last action has come to rest. A step
+changes half of the workers that are to change, and the next one in the same direction does not wait for them: a march
+of many takes about as long as one drain. A step is
 never undone before the arrivals themselves have changed (`min_shift`): whatever the workers report meanwhile, constant
 demand gives finitely many actions and then none (docs/decisions/0012-controller.md).
 """
@@ -48,12 +50,18 @@ Action = Flip | Scale
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """A fresh worker. `is_changing`: it drains, or has been asked for another role and does not have it yet."""
+    """A fresh worker. `is_changing`: it drains, or has been asked for another role and does not have it yet;
+    `becomes` is that role, None where it was not asked for one."""
 
     worker_id: str
     role: Role
     stats: LoopStats
     is_changing: bool = False
+    becomes: Role | None = None
+
+    @property
+    def next_role(self) -> Role:
+        return self.becomes or self.role
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,32 +115,39 @@ class Controller:
         self._scaled: tuple[int, float] | None = None
 
     def decide(self, state: ClusterState, now: float) -> list[Action]:
-        """At most one action. Call it every `interval_s`."""
-        if state.is_held or any(worker.is_changing for worker in state.workers):
+        """Flips in one direction, or one change of the number of workers. Call it every `interval_s`."""
+        changing = [worker for worker in state.workers if worker.is_changing]
+        if state.is_held or any(worker.becomes is None for worker in changing):
             self._restless_s = now
             self._agree(None)
             return []
         pools = self._felt(state)
-        action = None
+        actions: list[Action] = []
         if state.demand.requests >= self._config.min_requests and pools.count:
-            action = self._flip(pools, state, now) or self._scale(pools, state)
-        kind = None if action is None else ("flip" if isinstance(action, Flip) else "scale", action.role)
+            actions = [*self._flips(pools, state, now)]
+            if changing:
+                # A march need not wait for those on their way, whose answers may be long; anything else does.
+                actions = actions if self._goes_on(actions, now) else []
+            else:
+                actions = actions or [*self._scale(pools, state)]
+        first = actions[0] if actions else None
+        kind = None if first is None else ("flip" if isinstance(first, Flip) else "scale", first.role)
         self._agree(kind)
-        if action is None:
+        if first is None:
             return []
         # What was confirmed for the first step of a march holds for the next.
-        is_confirmed = isinstance(action, Flip) and self._is_marching(action.role, now)
+        is_confirmed = isinstance(first, Flip) and self._is_marching(first.role, now)
         if self._agreed < self._config.confirmations and not is_confirmed:
             return []
         if now - self._restless_s < self._config.cooldown_s:
             return []
         self._agree(None)
         self._restless_s = now
-        if isinstance(action, Flip):
-            self._flipped, self._flipped_s = (action.role, state.demand.mix), now
+        if isinstance(first, Flip):
+            self._flipped, self._flipped_s = (first.role, state.demand.mix), now
         else:
-            self._scaled = (action.count, _total(state.demand))
-        return [action]
+            self._scaled = (first.count, _total(state.demand))
+        return actions
 
     def load(self, demand: Demand, prefill: int, decode: int) -> float:
         """The bottleneck's, as a part of what it bears; 1.0 is just borne."""
@@ -159,46 +174,55 @@ class Controller:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _goes_on(self, actions: list[Action], now: float) -> bool:
+        """Whether these belong to the march that is under way."""
+        return all(isinstance(action, Flip) and self._is_marching(action.role, now) for action in actions)
+
     def _agree(self, kind: tuple[str, Role] | None) -> None:
         self._agreed = self._agreed + 1 if kind is not None and kind == self._wish else int(kind is not None)
         self._wish = kind
 
     def _felt(self, state: ClusterState) -> _Pools:
         workers = [worker for worker in state.workers if not worker.stats.local_only]
-        decodes = [worker.stats for worker in workers if worker.role == "decode"]
+        prefill = sum(worker.next_role == "prefill" for worker in workers)
+        # What those that change still do is over when they have changed.
+        staying = [worker for worker in workers if not worker.is_changing]
+        decodes = [worker.stats for worker in staying if worker.role == "decode"]
         demand, attained = state.demand, state.attained
         window_s = self._config.window_s
-        queued_s = sum(worker.stats.queued_s for worker in workers)
+        queued_s = sum(worker.stats.queued_s for worker in staying)
         waiting = sum(stats.waiting for stats in decodes)
         # Blocks in use are workers' worth of memory, as rows are of time.
         used = sum(1.0 - stats.blocks_free / stats.blocks_total for stats in decodes)
         rows = sum(stats.running for stats in decodes) / demand.rows
-        prefill = demand.prefill + queued_s / window_s
-        decode = max(demand.decode + waiting * demand.answer_s / window_s, used, rows)
+        prompts = demand.prefill + queued_s / window_s
+        answers = max(demand.decode + waiting * demand.answer_s / window_s, used, rows)
         if attained.requests >= self._config.min_requests:
-            prefill *= 1.0 + max(0.0, self._config.target - attained.ttft)
-            decode *= 1.0 + max(0.0, self._config.target - attained.tpot)
-        felt = replace(demand, prefill=prefill, decode=decode)
-        return _Pools(felt, len(workers) - len(decodes), len(decodes))
+            prompts *= 1.0 + max(0.0, self._config.target - attained.ttft)
+            answers *= 1.0 + max(0.0, self._config.target - attained.tpot)
+        felt = replace(demand, prefill=prompts, decode=answers)
+        return _Pools(felt, prefill, len(workers) - prefill)
 
-    def _flip(self, pools: _Pools, state: ClusterState, now: float) -> Flip | None:
-        """One step towards the best split of the workers there are."""
+    def _flips(self, pools: _Pools, state: ClusterState, now: float) -> list[Flip]:
+        """Towards the best split of the workers there are: half of the way, and one worker at least. Then it is looked
+        anew, so that a first guess that goes too far does not take all of them there."""
         demand, config = pools.demand, self._config
         present = self.load(demand, pools.prefill, pools.decode)
         has_missed = state.attained.requests >= config.min_requests and state.attained.total < config.target
         if present < config.busy and not has_missed:
-            return None
+            return []
         best = self.best_prefill(demand, pools.count, pools.prefill)
         if best == pools.prefill:
-            return None
+            return []
         role: Role = "prefill" if best > pools.prefill else "decode"
         # A march that is under way goes to its end; only its beginning needs a clear gain.
         least_gain = config.min_gain / 4 if self._is_marching(role, now) else config.min_gain
         gain = 1.0 - self.load(demand, best, pools.count - best) / present
         if gain < least_gain or not self._may_flip(role, state.demand):
-            return None
-        worker_id = least_busy(state.workers, "decode" if role == "prefill" else "prefill")
-        return None if worker_id is None else Flip(worker_id, role)
+            return []
+        wanted = max(1, abs(best - pools.prefill) // 2)
+        able = by_burden(state.workers, "decode" if role == "prefill" else "prefill")
+        return [Flip(worker_id, role) for worker_id in able[:wanted]]
 
     def _is_marching(self, role: Role, now: float) -> bool:
         """Whether a flip to `role` now belongs to the march of the last one."""
@@ -213,19 +237,19 @@ class Controller:
         turned = demand.mix - self._flipped[1]
         return (turned if role == "prefill" else -turned) >= math.log1p(self._config.min_shift)
 
-    def _scale(self, pools: _Pools, state: ClusterState) -> Scale | None:
-        """One worker more or fewer; only asked when no flip is worth it."""
+    def _scale(self, pools: _Pools, state: ClusterState) -> list[Scale]:
+        """One worker more or fewer, or none; only asked when no flip is worth it."""
         demand, count = pools.demand, pools.count
         if count < self._max_workers and self._best_load(pools, count) >= self._config.grow_above:
             role: Role = "prefill" if self.best_prefill(demand, count + 1, pools.prefill) > pools.prefill else "decode"
-            return Scale(role, 1) if self._may_scale(1, state.demand) else None
+            return [Scale(role, 1)] if self._may_scale(1, state.demand) else []
         fewest = max(self._min_workers, self._config.min_prefill + self._config.min_decode)
         if count > fewest and self._best_load(pools, count - 1) <= self._config.shrink_below:
             role = "prefill" if self.best_prefill(demand, count - 1, pools.prefill) < pools.prefill else "decode"
             spare = (pools.prefill - self._config.min_prefill, pools.decode - self._config.min_decode)
             has_spare = spare[role == "decode"] > 0
-            return Scale(role, -1) if has_spare and self._may_scale(-1, state.demand) else None
-        return None
+            return [Scale(role, -1)] if has_spare and self._may_scale(-1, state.demand) else []
+        return []
 
     def _best_load(self, pools: _Pools, count: int) -> float:
         best = self.best_prefill(pools.demand, count, pools.prefill)
@@ -238,17 +262,18 @@ class Controller:
         return (grown if count > 0 else -grown) >= math.log1p(self._config.min_shift)
 
 
-def least_busy(workers: Sequence[WorkerState], role: Role) -> str | None:
-    """Whom of `role` it costs the least to drain: the fewest requests, then the least KV, then by name."""
-    able = [worker for worker in workers if worker.role == role and not worker.stats.local_only]
-    if not able:
-        return None
+def by_burden(workers: Sequence[WorkerState], role: Role) -> list[str]:
+    """Those of `role` that may change it, cheapest to drain first: the fewest requests, then the least KV, then by
+    name."""
+    able = [
+        worker for worker in workers if worker.role == role and not worker.is_changing and not worker.stats.local_only
+    ]
 
     def burden(worker: WorkerState) -> tuple[int, int, str]:
         stats = worker.stats
         return stats.running + stats.waiting, stats.blocks_total - stats.blocks_free, worker.worker_id
 
-    return min(able, key=burden).worker_id
+    return [worker.worker_id for worker in sorted(able, key=burden)]
 
 
 def _total(demand: Demand) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cluster.controller import Attained, ClusterState, Controller, Flip, Scale, WorkerState, least_busy
+from cluster.controller import Attained, ClusterState, Controller, Flip, Scale, WorkerState, by_burden
 from cluster.controller_config import ControllerConfig
 from cluster.demand import DemandMeter
 from cluster.outcomes import Outcome, Outcomes
@@ -173,8 +173,10 @@ class ControllerLoop:
 
     def _state(self, worker: KnownWorker) -> WorkerState:
         report = worker.report
-        is_changing = report.stats.draining or report.worker_id in self._wishes
-        return WorkerState(report.worker_id, report.role, report.stats, is_changing)
+        wish = self._wishes.get(report.worker_id)
+        is_changing = report.stats.draining or wish is not None
+        becomes = None if wish is None else wish.role
+        return WorkerState(report.worker_id, report.role, report.stats, is_changing, becomes)
 
     def _grant(self, known: Sequence[KnownWorker], now: float) -> None:
         """Forgets wishes that have come true, and those that never will."""
@@ -231,10 +233,11 @@ class ControllerLoop:
         now = asyncio.get_running_loop().time()
         # Workers that somebody started by hand are theirs to end.
         own = [worker for worker in sight.registry.fresh(role, now) if self._fleet.has(worker.report.worker_id)]
-        worker_id = least_busy([self._state(worker) for worker in own], role)
-        if worker_id is None:
+        able = by_burden([self._state(worker) for worker in own], role)
+        if not able:
             self._give_up(f"no {role} worker can leave: those there are were not started by this service")
             return
+        worker_id = able[0]
         try:
             await self._fleet.remove(worker_id)
             sight.registry.remove(worker_id)

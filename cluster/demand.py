@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.answer_share import KEEP, AnswerShare
 from cluster.routing.costs import riding_s
 from engine.objectives import Objectives
 
@@ -102,8 +103,7 @@ class DemandMeter:
         self._max_rows = max_rows
         self._arrivals: deque[_Arrival] = deque()
         self._first_s: float | None = None
-        self._answer_count = 0
-        self._asked_tokens = self._answered_tokens = 1.0
+        self._shares = AnswerShare()
         self._prompt_tokens, self._cached_tokens = 1.0, 0.0
 
     def arrived(self, prompt_tokens: int, max_tokens: int, objectives: Objectives, now: float) -> None:
@@ -119,13 +119,9 @@ class DemandMeter:
 
     def ended(self, prompt_tokens: int, cached_tokens: int, max_tokens: int, answer_tokens: int) -> None:
         """A request was answered in full."""
-        # A new kind of traffic is believed after some hundred answers.
-        keep = 0.99
-        self._answer_count += 1
-        self._asked_tokens = keep * self._asked_tokens + max_tokens
-        self._answered_tokens = keep * self._answered_tokens + answer_tokens
-        self._prompt_tokens = keep * self._prompt_tokens + prompt_tokens
-        self._cached_tokens = keep * self._cached_tokens + min(cached_tokens, prompt_tokens)
+        self._shares.ended(prompt_tokens, max_tokens, answer_tokens)
+        self._prompt_tokens = KEEP * self._prompt_tokens + prompt_tokens
+        self._cached_tokens = KEEP * self._cached_tokens + min(cached_tokens, prompt_tokens)
 
     def demand(self, now: float, kv_tokens: int | None = None, scales: tuple[float, float] = (1.0, 1.0)) -> Demand:
         """Of the last window. `kv_tokens`: what a decode worker's pool holds; `scales`: how many times longer than the
@@ -133,14 +129,16 @@ class DemandMeter:
         while self._arrivals and self._arrivals[0].at_s <= now - self._window_s:
             self._arrivals.popleft()
         arrivals = self._arrivals
-        if not arrivals or self._first_s is None or self._answer_count < ANSWERS_MIN:
+        if not arrivals or self._first_s is None or self._shares.answers < ANSWERS_MIN:
             return Demand(0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, None)
         span_s = max(min(self._window_s, now - self._first_s), 1e-3)
         prompts_s = scales[0] * math.fsum(arrival.prompt_s for arrival in arrivals)
         squares = scales[0] ** 2 * math.fsum(arrival.prompt_s**2 for arrival in arrivals)
-        used = self._answered_tokens / self._asked_tokens
         # The first token is drawn by the prefill.
-        answers = [(max(0.0, used * arrival.max_tokens - 1.0), arrival.prompt_tokens) for arrival in arrivals]
+        answers = [
+            (max(0.0, self._shares.of(arrival.prompt_tokens) * arrival.max_tokens - 1.0), arrival.prompt_tokens)
+            for arrival in arrivals
+        ]
         tokens = math.fsum(answer for answer, _ in answers)
         context = math.fsum(answer * (prompt + answer / 2.0) for answer, prompt in answers) / max(tokens, 1e-9)
         tpot_s = _mean(arrival.tpot_s for arrival in arrivals)

@@ -4,9 +4,11 @@
        ▲                                       │
        └── called off, or the limit passed ────┘
 
-While it drains it still takes what comes: that was sent before its gateway knew. The gateway names the role once more
-when it knows of the draining and has nothing more on its way here (`is_released`), so a flip loses no request. A worker
-that cannot drain within its limit goes on as it was. Plain asyncio: knows neither gRPC nor Ray.
+A decode worker gives back what it has not begun, and what still comes, and the gateway places that anew
+(engine/errors.py, HandedBack); a prefill worker still takes what comes: that was sent before its gateway knew. The
+gateway names the role once more when it knows of the draining and has nothing more on its way here (`is_released`), so
+a flip loses no request. A worker that cannot drain within its limit goes on as it was. Plain asyncio: knows neither
+gRPC nor Ray.
 """
 
 from __future__ import annotations
@@ -61,6 +63,10 @@ class DecodeLoop(Loop, Protocol):
     """decode_worker.worker.DecodeWorker, as far as it is used here."""
 
     def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]: ...
+
+    def drain(self) -> None: ...
+
+    def resume(self) -> None: ...
 
     def link_rates(self) -> tuple[tuple[str, float], ...]: ...
 
@@ -203,6 +209,8 @@ class FlexibleWorker:
 
     def _begin(self, role: Role) -> None:
         self._flip = _Flip(role)
+        if self._decode is not None:
+            self._decode.drain()
         self._flip_wanted.set()
         self.changed.set()
 
@@ -248,6 +256,8 @@ class FlexibleWorker:
                 return
             _log.info("%s stays a %s worker", self.worker_id, self._role)
             self._flip, self._given_up = None, flip.role
+            if self._decode is not None:
+                self._decode.resume()
             flip.outcome.set_result(False)
             self.changed.set()
 

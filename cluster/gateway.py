@@ -35,10 +35,13 @@ from cluster.routing.make_router import make_router
 from cluster.routing.query import RouteQuery
 from cluster.routing.view import ClusterView
 from decode_worker.stream import Delta, Done, Event, Failed, Submit
-from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError
+from engine.errors import DeadlineExceeded, HandedBack, InvalidArgument, NotFound, Overloaded, TandemError, Unavailable
 from engine.objectives import Objectives
 from engine.request import Receipt
 from engine.tokenizer import Tokenizer
+
+# A request that so many workers gave back finds the cluster in no state to serve it.
+PLACEMENTS_MAX = 8
 
 
 class RoleController(Protocol):
@@ -71,7 +74,12 @@ class _Run:
     answer: Answer
     submitted_s: float = 0.0
     booking: Booking | None = None
+    handed_back: int = 0
     done: Done | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.done is not None or self.answer.was_cut
 
 
 class Gateway:
@@ -127,24 +135,27 @@ class Gateway:
             with self._own_id(request.request_id) as request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)):
                     query = self._query(run)
-                    booking = run.booking = await self._dispatcher.place(query, run.deadline_s)
-                    try:
-                        submit = self._submit(run, booking, request_id)
-                        async with self._links.submit(booking.route.decode_address, submit) as mailbox:
-                            with _deadline(run, mailbox):
-                                while run.done is None and not run.answer.was_cut:
-                                    event = await anext(mailbox)
-                                    chunk = self._take(run, booking, event, mailbox.came_s)
-                                    if chunk is not None:
-                                        yield chunk
-                    finally:
-                        self._end(booking)
+                    while not run.is_over:
+                        booking = run.booking = await self._dispatcher.place(query, run.deadline_s)
+                        try:
+                            submit = self._submit(run, booking, request_id)
+                            async with self._links.submit(booking.route.decode_address, submit) as mailbox:
+                                with _deadline(run, mailbox):
+                                    while not run.is_over:
+                                        event = await anext(mailbox)
+                                        chunk = self._take(run, booking, event, mailbox.came_s)
+                                        if chunk is not None:
+                                            yield chunk
+                        except HandedBack:
+                            query = self._anew(run, query, booking)
+                        finally:
+                            self._end(booking)
         except TandemError as error:
             self._count(run, _reason(error))
             raise
         # Only now, with nothing held any more: a reader may take its time over the last part.
         self._count(run, "finished")
-        yield _complete(run, booking)
+        yield _complete(run)
 
     def heartbeat(self, report: WorkerReport) -> HeartbeatReply:
         """Takes a worker's report; returns what is asked of the worker. Every report must come through here:
@@ -222,6 +233,16 @@ class Gateway:
             arrived_s=run.arrived_s,
             names=BlockNames(run.token_ids, run.request.salt),
         )
+
+    def _anew(self, run: _Run, query: RouteQuery, booking: Booking) -> RouteQuery:
+        """The question for a request that a draining worker had not begun. What was said of it before holds."""
+        run.handed_back += 1
+        if run.handed_back == PLACEMENTS_MAX:
+            raise Unavailable(f"{PLACEMENTS_MAX} workers in a row were about to change their role or to leave")
+        self.view.drains(booking.route.decode_id)
+        if query.was_deferred:
+            return query
+        return replace(query, was_deferred=True, promised_s=booking.route.predicted_ttft_s)
 
     def _submit(self, run: _Run, booking: Booking, request_id: str) -> Submit:
         now = run.submitted_s = asyncio.get_running_loop().time()
@@ -306,9 +327,10 @@ def _reason(error: TandemError) -> Reason | None:
     return "failed"
 
 
-def _complete(run: _Run, booking: Booking) -> Complete:
+def _complete(run: _Run) -> Complete:
     """Without `run.done` a stop string ended the answer here, and the worker's part of the receipt is not known."""
-    answer, done, route = run.answer, run.done, booking.route
+    assert run.booking is not None, "somebody has answered it"
+    answer, done, route = run.answer, run.done, run.booking.route
     receipt = replace(
         done.receipt if done is not None else Receipt(),
         gateway_queue_s=run.submitted_s - run.arrived_s,

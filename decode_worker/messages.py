@@ -29,4 +29,9 @@ class Detach:
     session: Session
 
 
-Message = FromGateway | Expire | Detach | News
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """The worker is to give back what it has not begun."""
+
+
+Message = FromGateway | Expire | Detach | Drain | News

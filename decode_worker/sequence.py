@@ -118,6 +118,12 @@ class Request:
         return self.choices[0]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anything of it was computed here, or has come from a prefill worker."""
+        is_waiting = self.state in (RequestState.QUEUED, RequestState.PULLING, RequestState.LOCAL)
+        return not is_waiting or self.times.is_prompt_started
+
+    @property
     def is_finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
 

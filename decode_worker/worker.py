@@ -15,15 +15,15 @@ The attached stream's generator is the lease on all of its requests: however it 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterable
 
 from decode_worker import pull as pulling
+from decode_worker.commands import read_commands
 from decode_worker.config import DecodeConfig
 from decode_worker.flight import DecodeBatch
 from decode_worker.link_rates import LinkRates
 from decode_worker.live import Live
-from decode_worker.messages import Detach, Expire, FromGateway, Message
+from decode_worker.messages import Detach, Drain, Expire, FromGateway, Message
 from decode_worker.pipeline import Pipeline
 from decode_worker.pull import Arrived, Began, Ended, First, Pull
 from decode_worker.repeat import mean_work
@@ -34,7 +34,7 @@ from decode_worker.session import Session
 from decode_worker.stream import Cancel, Command, Done, Event, Failed, Submit, TokenFrame
 from engine.batch import Runner
 from engine.block_pool import BlockPool
-from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
+from engine.errors import DeadlineExceeded, HandedBack, InvalidArgument, TandemError
 from engine.inbox import INBOX_LIMIT, Inbox
 from engine.kv_events import KVEventBatch
 from engine.learned_cost import learner
@@ -42,8 +42,6 @@ from engine.multi_step import MultiStepRunner
 from engine.stats import LoopStats
 from engine.step_cost import StepCost
 from kvtransfer.transport import PrefillTransport
-
-logger = logging.getLogger(__name__)
 
 
 class DecodeWorker:
@@ -85,7 +83,7 @@ class DecodeWorker:
         """One gateway's stream. Closing the generator cancels all that came by it, within one step."""
         self._session_count += 1
         session = Session(f"s{self._session_count}")
-        reader = asyncio.create_task(self._read_commands(session, commands))
+        reader = asyncio.create_task(read_commands(session, commands, self._inbox, lambda: self._pipeline.steps))
         try:
             async for frame in session.frames():
                 yield frame
@@ -109,8 +107,14 @@ class DecodeWorker:
                 await asyncio.wait(tasks)
 
     def drain(self) -> None:
-        """Refuses new requests from now on, as Unavailable. What was accepted is served to its end."""
+        """Gives back, as HandedBack, what has not begun, and from now on whatever comes. The rest is served to its
+        end."""
         self._is_draining = True
+        self._inbox.put(Drain())
+
+    def resume(self) -> None:
+        """Drains no more."""
+        self._is_draining = False
 
     @property
     def is_idle(self) -> bool:
@@ -195,22 +199,6 @@ class DecodeWorker:
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _read_commands(self, session: Session, commands: AsyncIterator[Command]) -> None:
-        try:
-            async for command in commands:
-                try:
-                    self._inbox.offer(FromGateway(session, command))
-                except TandemError as error:
-                    # A cancel is about accepted work and must never be lost; only new work may be refused.
-                    if isinstance(command, Cancel):
-                        self._inbox.put(FromGateway(session, command))
-                    else:
-                        session.push(self._pipeline.steps, [Failed(command.request_id, error)])
-        except TandemError as error:
-            logger.info("token stream %s broke: %s", session.name, error)
-        finally:
-            session.close()
-
     def _handle(self, message: Message) -> None:
         match message:
             case FromGateway(session=session, command=Submit() as submit):
@@ -225,6 +213,10 @@ class DecodeWorker:
             case Detach(session=session):
                 for request in list(session.requests.values()):
                     self._drop(self._live[request.key])
+            case Drain():
+                waiting = [each for each in self._live.values() if not each.request.has_begun]
+                for each in waiting if self._is_draining else ():
+                    self._fail(each, self._handed_back())
             case Ended(pull=pull):
                 self._pull_ended(pull)
             case Began(pull=pull) | First(pull=pull) | Arrived(pull=pull):
@@ -241,7 +233,7 @@ class DecodeWorker:
         request = Request(key, self._serial, submit, deadline, Timeline(now))
         try:
             if self._is_draining:
-                raise Unavailable(f"decode worker {self.worker_id} takes no new requests")
+                raise self._handed_back()
             if submit.request_id in session.requests:
                 raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
             if not submit.token_ids:
@@ -334,6 +326,9 @@ class DecodeWorker:
     def _fail(self, live: Live, error: TandemError) -> None:
         live.session.push(self._pipeline.steps, [Failed(live.request.submit.request_id, error)])
         self._drop(live)
+
+    def _handed_back(self) -> HandedBack:
+        return HandedBack(f"decode worker {self.worker_id} drains and takes no new requests")
 
     def _drop(self, live: Live) -> None:
         """Ends a request: finished, cancelled, expired or failed. Its blocks follow once nobody writes to them."""

@@ -7,6 +7,7 @@
     ├── DeadlineExceeded    the request's own deadline passed, in a named phase
     ├── Cancelled           the other side asked to stop
     ├── Unavailable         a peer is gone, draining or not there yet
+    │   └── HandedBack      a worker that drains had not begun with the request: another one may have it
     ├── TransferFailed      KV did not arrive whole
     │   ├── CorruptFrame    a frame failed its checksum or cannot be parsed
     │   └── LayoutMismatch  the two sides do not hold the same kind of KV
@@ -66,6 +67,10 @@ class Cancelled(TandemError):
 
 class Unavailable(TandemError):
     """A peer is gone, draining or not there yet."""
+
+
+class HandedBack(Unavailable):
+    """A worker that drains had not begun with the request: another one may have it, and nothing is lost."""
 
 
 class TransferFailed(TandemError):

@@ -23,6 +23,7 @@ from engine.errors import (
     ConfigError,
     CorruptFrame,
     DeadlineExceeded,
+    HandedBack,
     InvalidArgument,
     LayoutMismatch,
     ModelFileError,
@@ -50,7 +51,7 @@ _STATUS: dict[type[TandemError], grpc.StatusCode] = {
     TransferFailed: grpc.StatusCode.ABORTED,
 }
 _CLASS_OF_STATUS = {code: cls for cls, code in _STATUS.items()}
-_CLASSES = {cls.__name__: cls for cls in (*_STATUS, ModelFileError, ConfigError, TandemError)}
+_CLASSES = {cls.__name__: cls for cls in (*_STATUS, HandedBack, ModelFileError, ConfigError, TandemError)}
 # The attributes of each class, with what stands in for one that did not arrive.
 _FIELDS: dict[type[TandemError], dict[str, str | float]] = {
     InvalidArgument: {"field": "request", "value": "", "expected": ""},

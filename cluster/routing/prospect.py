@@ -240,7 +240,7 @@ class Forecast:
         """Until enough blocks are free: all that is held turns over within the time of an answer."""
         step_s, answer = self._step_s(decode), self._view.answer_tokens
         free = decode.free_tokens(self._now, step_s, answer)
-        missing = self.query.prompt_tokens + 0.5 * self._answer * self.query.rows - free
+        missing = self.query.prompt_tokens - free
         held = decode.capacity_tokens - free
         return missing / held * answer * step_s if missing > 0 < held else 0.0
 

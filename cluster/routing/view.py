@@ -94,6 +94,10 @@ class ClusterView:
         self.expire(now)
         return report.kv_events is None or self.prefix_index.apply(worker_id, report.kv_events)
 
+    def drains(self, worker_id: str) -> None:
+        """It was seen to take nothing new: nothing more is sent there until it says otherwise."""
+        self._place(worker_id, eligible=False)
+
     def remove(self, worker_id: str) -> None:
         """Forgets a worker."""
         self._silence(worker_id)

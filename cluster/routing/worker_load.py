@@ -155,9 +155,10 @@ class DecodeLoad:
         return DecodeState(rows, context)
 
     def free_tokens(self, now: float, step_s: float, answer_tokens: float) -> float:
-        """Slots that are left once all that is on its way has its blocks, and what runs has grown by half an answer."""
+        """Slots that are left for a prompt once all that is on its way has its blocks. The worker takes a prompt in
+        when it fits and each row has room for one block more, whatever the rows will need later."""
         held = self._running_tokens(now, step_s, answer_tokens) + self._joining_tokens
-        return self.capacity_tokens - held - 0.5 * answer_tokens * self.row_count
+        return self.capacity_tokens - held - self.report.stats.block_size * self.row_count
 
     def sample(self, count: int) -> list[Booking]:
         """Own requests: all, or about `count` of them, evenly picked in order of their booking."""

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from cluster.planning import virtual_loop
-from decode_worker.stream import Cancel, Command, DecodeSession, Delta, Done, Event, Submit, TokenFrame
+from decode_worker.stream import Cancel, Command, DecodeSession, Delta, Done, Event, Failed, Submit, TokenFrame
 from engine.batch import Sampled
-from engine.errors import TandemError, Unavailable
+from engine.errors import HandedBack, TandemError, Unavailable
 from engine.request import FinishReason, Receipt
 
 STEP_S = 0.01
@@ -38,6 +38,7 @@ class FakeDecode:
     """A DecodeTransport to workers that give every choice the same `answer`, one token per STEP_S.
 
     The last token of `answer` ends a choice as a stop token when it is `eos`; else max_tokens does, or nothing.
+    Whatever comes to an address in `draining` is handed back.
     """
 
     def __init__(self, answer: Sequence[int] = (), eos: int | None = None) -> None:
@@ -47,6 +48,7 @@ class FakeDecode:
         self.cancels: list[str] = []
         self.running: set[str] = set()
         self.down: set[str] = set()
+        self.draining: set[str] = set()
         self.attached: list[str] = []
         self.error: TandemError | None = None
         self.closed = False
@@ -90,6 +92,10 @@ class _FakeSession:
             self._runs[command.request_id].cancel()
         else:
             self._fake.submits.append((self._address, command))
+            if self._address in self._fake.draining:
+                failed = Failed(command.request_id, HandedBack("this worker drains"))
+                self.outgoing.put_nowait(TokenFrame(0, (failed,)))
+                return
             self._runs[command.request_id] = asyncio.create_task(self._run(command))
 
     async def frames(self) -> AsyncIterator[TokenFrame]:

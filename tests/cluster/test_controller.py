@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cluster.controller import Attained, ClusterState, Controller, Flip, Scale, WorkerState, least_busy
+from cluster.controller import Attained, ClusterState, Controller, Flip, Scale, WorkerState, by_burden
 from cluster.controller_config import ControllerConfig
 from cluster.demand import ANSWERS_MIN, Demand, DemandMeter
 from cluster.registry import Role
@@ -53,7 +53,8 @@ class Plant:
         self.now += self.config.interval_s
         workers = tuple(replace(worker, stats=stats) for worker in self.workers.values())
         actions = self.controller.decide(ClusterState(workers, demand, attained), self.now)
-        assert len(actions) <= 1, "one action at a time"
+        assert len({type(action) for action in actions}) <= 1, "flips, or a change of the number"
+        assert len({action.role for action in actions}) <= 1, "all in one direction"
         for action in actions:
             self.actions.append((self.now, action))
             self.do(action)
@@ -68,9 +69,7 @@ class Plant:
             self._new += 1
             self.workers[f"n{self._new}"] = WorkerState(f"n{self._new}", action.role, IDLE)
         else:
-            name = least_busy(tuple(self.workers.values()), action.role)
-            assert name is not None
-            del self.workers[name]
+            del self.workers[by_burden(tuple(self.workers.values()), action.role)[0]]
 
 
 def test_it_marches_to_the_best_split_and_stays():
@@ -80,8 +79,10 @@ def test_it_marches_to_the_best_split_and_stays():
     assert plant.count("prefill") == 8
     assert len(plant.actions) == 6
     times = [when for when, _ in plant.actions]
+    flips = [times.count(when) for when in dict.fromkeys(times)]
+    assert flips == [3, 1, 1, 1], "half of the way at a time: 6, then 3, 2 and 1 to go"
     rest_s = CONFIG.cooldown_s
-    assert all(later - earlier >= rest_s for earlier, later in pairwise(times))
+    assert all(later - earlier >= rest_s for earlier, later in pairwise(dict.fromkeys(times)))
 
 
 def test_it_confirms_before_it_acts():
@@ -150,6 +151,51 @@ def test_what_changes_is_left_to_come_to_rest():
     assert acted.index(True) == CONFIG.cooldown_s - 1
 
 
+def test_a_march_does_not_wait_for_those_on_their_way():
+    """The answers that they still have may be long. What they still hold counts for nothing, for it will be over."""
+    controller = Controller(CONFIG, 16)
+    demand = replace(EVEN, prefill=1.0, decode=9.0)
+    workers = list(pools(8, 8))
+    flips: list[list[str]] = []
+    for step in range(40):
+        actions = controller.decide(ClusterState(tuple(workers), demand), 5.0 * step)
+        if actions:
+            flips.append([action.worker_id for action in actions if isinstance(action, Flip)])
+        workers = [
+            replace(worker, is_changing=True, becomes="decode", stats=replace(worker.stats, queued_s=1000.0))
+            if flips and worker.worker_id in flips[-1]
+            else worker
+            for worker in workers
+        ]
+    asked = [worker_id for names in flips for worker_id in names]
+    at_once = Plant(8, 8)
+    for _ in range(40):
+        at_once.decide(demand)
+    assert len(asked) == len(set(asked)) == len(at_once.actions), "as many as when each is there at once"
+    assert len(flips) > 1
+
+
+def test_a_turn_while_workers_change_waits_for_them():
+    controller = Controller(CONFIG, 16)
+    early = replace(EVEN, prefill=1.0, decode=9.0, mix=math.log(1 / 9))
+    late = replace(EVEN, prefill=9.0, decode=1.0, mix=math.log(9))
+    now, actions = 0.0, list[Flip | Scale]()
+    while not actions:
+        now += CONFIG.interval_s
+        actions = controller.decide(ClusterState(pools(8, 8), early), now)
+    names = {action.worker_id for action in actions if isinstance(action, Flip)}
+    workers = tuple(
+        replace(worker, is_changing=True, becomes="decode") if worker.worker_id in names else worker
+        for worker in pools(8, 8)
+    )
+    for _ in range(20):
+        now += CONFIG.interval_s
+        assert controller.decide(ClusterState(workers, late), now) == []
+    there = tuple(replace(worker, role=worker.next_role, is_changing=False, becomes=None) for worker in workers)
+    turned = [controller.decide(ClusterState(there, late), now + (index + 1) * CONFIG.interval_s) for index in range(5)]
+    assert any(turned), "now it turns"
+
+
 def test_where_prompts_go_to_decode_workers_too_both_pools_fill_alike():
     controller = Controller(CONFIG, 16)
     demand = replace(EVEN, prefill=9.0, decode=3.0)
@@ -180,7 +226,7 @@ def test_local_workers_are_left_alone():
         ):
             assert isinstance(action, Flip)
             assert not action.worker_id.startswith("c-")
-    assert least_busy(local, "decode") is None
+    assert by_burden(local, "decode") == []
 
 
 def test_the_least_busy_goes():
@@ -190,8 +236,8 @@ def test_the_least_busy_goes():
         WorkerState("c", "decode", replace(IDLE, running=1, waiting=1, blocks_free=60)),
         WorkerState("d", "prefill", IDLE),
     )
-    assert least_busy(workers, "decode") == "c"
-    assert least_busy(workers, "prefill") == "d"
+    assert by_burden(workers, "decode")[0] == "c"
+    assert by_burden(workers, "prefill")[0] == "d"
 
 
 def test_queues_and_full_pools_are_felt():

@@ -121,7 +121,7 @@ PROMPTS = (60.0, 100, 2)
 
 @on_virtual_time
 async def test_a_flip_is_asked_for_released_and_counted():
-    bench = Bench(3, 5)
+    bench = Bench(4, 4)
     bench.arriving = PROMPTS
     async with bench.running():
         worker_id, role = await bench.wished()
@@ -130,22 +130,21 @@ async def test_a_flip_is_asked_for_released_and_counted():
         bench.on_its_way["d0"] = 1
         bench.asked.clear()
         await asyncio.sleep(5.0)
-        assert bench.asked == [], "nobody else, and not released: a request is on its way there"
+        assert ("d1", "prefill") in bench.asked, "the march goes on"
+        assert ("d0", "prefill") not in bench.asked, "not released: a request is on its way there"
         bench.on_its_way.clear()
         await asyncio.sleep(1.0)
-        assert set(bench.asked) == {("d0", "prefill")}
+        assert ("d0", "prefill") in bench.asked
         bench.draining.clear()
         bench.roles["d0"] = "prefill"
         await asyncio.sleep(1.5)
         assert bench.loop.flip_count == 1
-        bench.asked.clear()
-        assert await bench.wished() == ("d1", "prefill"), "the march goes on"
-    assert [action for _, action in bench.loop.actions] == [Flip("d0", "prefill"), Flip("d1", "prefill")]
+    assert [action for _, action in bench.loop.actions] == [Flip(f"d{index}", "prefill") for index in range(3)]
 
 
 @on_virtual_time
 async def test_a_worker_that_gives_up_is_let_alone(caplog: pytest.LogCaptureFixture):
-    bench = Bench(3, 5)
+    bench = Bench(6, 2)
     bench.arriving = PROMPTS
     with caplog.at_level(logging.WARNING):
         async with bench.running():

@@ -17,7 +17,7 @@ from decode_worker.memory import MemoryDecodeTransport
 from decode_worker.stream import DecodeService, Delta, Done, Failed
 from decode_worker.worker import DecodeWorker
 from engine.emulated_runner import EmulatedRunner
-from engine.errors import Unavailable
+from engine.errors import HandedBack, Unavailable
 from kvtransfer.frames import End, FirstToken
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
@@ -94,22 +94,30 @@ async def test_both_ways_under_traffic():
     for index in range(2):
         cluster.add(f"p{index}", "prefill")
         cluster.add(f"d{index}", "decode")
-    answered = 0
+    answered = handed_back = 0
+
+    def serving(role: Role) -> list[str]:
+        return [
+            worker.worker_id for worker in cluster.workers.values() if worker.role == role and not worker.is_draining
+        ]
+
+    async def client(index: int, decode: str, prefill: str) -> None:
+        nonlocal answered, handed_back
+        try:
+            await cluster.answer(decode, prefill, 3 + index % 50, f"r{index}")
+        except HandedBack:
+            handed_back += 1
+            await cluster.answer(serving("decode")[0], serving("prefill")[0], 3 + index % 50, f"r{index}")
+        answered += 1
 
     async def clients() -> None:
-        nonlocal answered
         for index in range(300):
-            serving = [worker for worker in cluster.workers.values() if not worker.is_draining]
-            prefills = [worker.worker_id for worker in serving if worker.role == "prefill"]
-            decodes = [worker.worker_id for worker in serving if worker.role == "decode"]
+            prefills, decodes = serving("prefill"), serving("decode")
             await asyncio.sleep(0.02)
             prefill = prefills[index % len(prefills)] if index % 5 else ""
-            tasks.append(
-                asyncio.create_task(cluster.answer(decodes[index % len(decodes)], prefill, 3 + index % 50, f"r{index}"))
-            )
-            answered += 1
+            tasks.append(asyncio.create_task(client(index, decodes[index % len(decodes)], prefill)))
 
-    tasks: list[asyncio.Task[list[int]]] = []
+    tasks: list[asyncio.Task[None]] = []
     async with running(cluster):
         traffic = asyncio.create_task(clients())
         for name, roles in (("p1", ("decode", "prefill")), ("d1", ("prefill", "decode"))):
@@ -121,6 +129,7 @@ async def test_both_ways_under_traffic():
         await traffic
         await asyncio.gather(*tasks)
     assert answered == 300
+    assert handed_back > 0, "what had not begun on a decode worker went elsewhere"
 
 
 @on_virtual_time
@@ -251,7 +260,8 @@ async def test_the_gateway_releases_a_flip_once_it_knows_of_the_draining():
         reporter.answered(HeartbeatReply(1.0))
         await asyncio.sleep(5.0)
         assert worker.role == "decode", 'the gateway has said "" until it has nothing more on its way here'
-        assert len(await on_its_way) == GREEDY.max_tokens
+        with pytest.raises(HandedBack):
+            await on_its_way
         assert reporter.collect().stats.draining
         reporter.answered(HeartbeatReply(1.0, role="prefill"))
         worker.changed.clear()

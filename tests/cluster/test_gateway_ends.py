@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.gateway import PLACEMENTS_MAX
 from cluster.messages import Complete
 from decode_worker.stream import Failed
 from engine.errors import (
@@ -23,6 +24,7 @@ from tests.cluster.serving import (
     CONFIG,
     REQUEST,
     TO_THE_END,
+    TOKENIZER,
     collect,
     serving,
     start,
@@ -67,6 +69,30 @@ async def test_a_lost_worker_fails_its_requests_and_the_next_is_served() -> None
             with pytest.raises(Unavailable, match="lost the decode worker at d:1: connection reset"):
                 await task
         await collect(gateway, TO_THE_END)
+
+
+@on_virtual_time
+async def test_what_a_draining_worker_gives_back_is_placed_anew() -> None:
+    fake = FakeDecode(ANSWER)
+    fake.draining = {"d1:1", "d2:1"}
+    async with serving(fake, ("p", "d1", "d2", "d3")) as gateway:
+        for _ in range(4):
+            chunks, complete = await collect(gateway, TO_THE_END)
+            assert "".join(chunk.text for chunk in chunks) == TOKENIZER.decode(ANSWER)
+            assert complete.receipt.decode_worker == "d3"
+        tried = [address for address, _ in fake.submits]
+        assert tried.count("d3:1") == 4
+        assert 0 < tried.count("d1:1") + tried.count("d2:1") <= 2, "a worker that gave one back is sent no other"
+        assert fake.cancels == []
+
+
+@on_virtual_time
+async def test_what_everybody_gives_back_fails_after_some_time() -> None:
+    fake = FakeDecode(ANSWER)
+    fake.draining = {f"d{index}:1" for index in range(PLACEMENTS_MAX)}
+    async with serving(fake, ("p", *(f"d{index}" for index in range(PLACEMENTS_MAX)))) as gateway:
+        with pytest.raises(Unavailable, match="8 workers in a row"):
+            await collect(gateway, TO_THE_END)
 
 
 @on_virtual_time

@@ -112,11 +112,12 @@ def test_what_the_decode_worker_holds_is_not_sent() -> None:
 
 def test_full_blocks_cost_the_time_until_some_are_free() -> None:
     bench = Bench("p", allow_local=False)
-    # 1,600 slots, 1,000 of them held: 450 are missing, which turn over while the ten rows draw their answers.
-    bench.report("d0", blocks_total=100, running=10, context_tokens=500, decode_step_s=5e-3)
+    # 1,600 slots, 1,060 of them held, a block to grow for each row: 460 are missing, which turn over while the ten rows
+    # draw their answers. What the rows will hold when they have grown keeps no prompt out.
+    bench.report("d0", blocks_total=100, running=10, context_tokens=900, decode_step_s=5e-3)
     route = bench.route()
-    held = 500 + 0.5 * ANSWER * 10
-    missing = 1000 + 50 - (1600 - held)
+    held = 900 + 16 * 10
+    missing = 1000 - (1600 - held)
     assert route.predicted_ttft_s == pytest.approx(missing / held * ANSWER * 5e-3)
     bench.report("d1", running=10, context_tokens=500, decode_step_s=5e-3)
     assert bench.route().decode_id == "d1"

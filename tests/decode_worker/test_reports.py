@@ -14,11 +14,11 @@ from decode_worker.stream import Done, Failed
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout
 from engine.emulated_runner import EmulatedRunner
-from engine.errors import Unavailable
+from engine.errors import HandedBack, Unavailable
 from engine.learned_cost import Learned, learned, learner
 from engine.sampling import SamplingParams
 from engine.step_cost import StepWork
-from kvtransfer.frames import End
+from kvtransfer.frames import Begin, End
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.config import PrefillConfig
@@ -44,7 +44,7 @@ def decode(transport: ScriptedTransport | MemoryPrefillTransport, decode_runner:
     )
 
 
-def test_a_draining_decode_worker_refuses_new_requests_and_serves_the_others() -> None:
+def test_a_draining_decode_worker_gives_back_what_it_has_not_begun_and_serves_the_others() -> None:
     async def main() -> None:
         transport = ScriptedTransport()
         worker = decode(transport, runner(64))
@@ -52,6 +52,10 @@ def test_a_draining_decode_worker_refuses_new_requests_and_serves_the_others() -
             gateway = Gateway(worker)
             gateway.send(submit(9, "old", prefill_address="p"))
             await asyncio.sleep(0.02)
+            # Nothing has come of this one's prompt: no prefill worker has begun it.
+            transport.hold = Begin
+            gateway.send(submit(9, "waits", prefill_address="p"))
+            await asyncio.sleep(0.001)
             worker.drain()
             assert worker.stats().draining
             assert not worker.is_idle
@@ -59,9 +63,16 @@ def test_a_draining_decode_worker_refuses_new_requests_and_serves_the_others() -
             await asyncio.sleep(1)
             ends = {event.request_id: event for event in gateway.events if isinstance(event, Done | Failed)}
             assert isinstance(ends["old"], Done)
-            assert isinstance(ends["new"], Failed)
-            assert isinstance(ends["new"].error, Unavailable)
+            for name in ("waits", "new"):
+                assert isinstance(ends[name], Failed)
+                assert isinstance(ends[name].error, HandedBack)
             assert worker.is_idle
+            worker.check_empty()
+            worker.resume()
+            transport.hold = None
+            gateway.send(submit(9, "later", prefill_address="p"))
+            await asyncio.sleep(1)
+            assert isinstance(gateway.events[-1], Done)
             await gateway.detach()
 
     virtual_loop.run(main())
