@@ -204,7 +204,7 @@ class Controller:
         return _Pools(felt, prefill, len(workers) - prefill)
 
     def _flips(self, pools: _Pools, state: ClusterState, now: float) -> list[Flip]:
-        """Towards the best split of the workers there are: half of the way, and one worker at least. Then it is looked
+        """Towards the best split of the workers there are: half of the way at least. Then it is looked
         anew, so that a first guess that goes too far does not take all of them there."""
         demand, config = pools.demand, self._config
         present = self.load(demand, pools.prefill, pools.decode)
@@ -220,7 +220,7 @@ class Controller:
         gain = 1.0 - self.load(demand, best, pools.count - best) / present
         if gain < least_gain or not self._may_flip(role, state.demand):
             return []
-        wanted = max(1, abs(best - pools.prefill) // 2)
+        wanted = (abs(best - pools.prefill) + 1) // 2
         able = by_burden(state.workers, "decode" if role == "prefill" else "prefill")
         return [Flip(worker_id, role) for worker_id in able[:wanted]]
 
