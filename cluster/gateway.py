@@ -146,8 +146,8 @@ class Gateway:
                                         chunk = self._take(run, booking, event, mailbox.came_s)
                                         if chunk is not None:
                                             yield chunk
-                        except HandedBack:
-                            query = self._anew(run, query, booking)
+                        except HandedBack as error:
+                            query = self._anew(run, query, booking, error)
                         finally:
                             self._end(booking)
         except TandemError as error:
@@ -234,8 +234,10 @@ class Gateway:
             names=BlockNames(run.token_ids, run.request.salt),
         )
 
-    def _anew(self, run: _Run, query: RouteQuery, booking: Booking) -> RouteQuery:
+    def _anew(self, run: _Run, query: RouteQuery, booking: Booking, error: HandedBack) -> RouteQuery:
         """The question for a request that a draining worker had not begun. What was said of it before holds."""
+        if run.answer.first_s is not None:
+            raise error
         run.handed_back += 1
         if run.handed_back == PLACEMENTS_MAX:
             raise Unavailable(f"{PLACEMENTS_MAX} workers in a row were about to change their role or to leave")

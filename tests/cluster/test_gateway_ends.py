@@ -14,6 +14,7 @@ from cluster.messages import Complete
 from decode_worker.stream import Failed
 from engine.errors import (
     DeadlineExceeded,
+    HandedBack,
     TransferFailed,
     Unavailable,
 )
@@ -93,6 +94,20 @@ async def test_what_everybody_gives_back_fails_after_some_time() -> None:
     async with serving(fake, ("p", *(f"d{index}" for index in range(PLACEMENTS_MAX)))) as gateway:
         with pytest.raises(Unavailable, match="8 workers in a row"):
             await collect(gateway, TO_THE_END)
+
+
+@on_virtual_time
+async def test_what_was_begun_is_not_begun_again() -> None:
+    """A worker that gives back what it has given tokens of is at fault: no token may come twice."""
+    fake = FakeDecode(ANSWER)
+    async with serving(fake, ("p", "d1", "d2")) as gateway:
+        task = start(gateway, "r")
+        await asyncio.sleep(5 * STEP_S)
+        fake.push(fake.attached[0], Failed("r#1", HandedBack("this worker drains")))
+        with pytest.raises(HandedBack):
+            await task
+        assert len(fake.submits) == 1
+        fake.break_link(fake.attached[0])
 
 
 @on_virtual_time
