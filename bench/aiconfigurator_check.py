@@ -17,7 +17,7 @@ import argparse
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.report import stamp, table
@@ -191,8 +191,8 @@ def crossover(load: SteadyLoad) -> float | None:
 
 
 def emulate_both(case: Theirs, requests: int, span_answers: float, processes: int) -> list[tuple[str, Judgement]]:
-    """Goodput with Poisson arrivals of the arrangements that AIConfigurator chose; colocated workers with whole
-    prompts, as it assumes, and with chunks."""
+    """Goodput with Poisson arrivals of the arrangements that AIConfigurator chose: the split with and without prompts
+    on decode workers, colocated workers with whole prompts, as it assumes, and with chunks."""
     load = case.load
     trace = Trace((TraceRequest(None, load.prompt_tokens, load.output_tokens),) * requests)
     spec = PlanSpec(
@@ -212,10 +212,13 @@ def emulate_both(case: Theirs, requests: int, span_answers: float, processes: in
     chunks = chunk_sizes(costs(PROFILE, pool.parallel), lengths_of(trace), load.objectives.tpot_s or 0.0)
     singles = [Arrangement(colocated=pool, chunk_tokens=chunk) for chunk in chunks]
     network_bytes_s = links_of(PROFILE).network_bytes_s
-    questions = [Question(case.disaggregated, "both", 0.8 * case.disaggregated_rps, network_bytes_s)]
-    questions += [Question(single, "both", 0.8 * case.colocated_rps, network_bytes_s) for single in singles]
+    split = Question(case.disaggregated, "both", 0.8 * case.disaggregated_rps, network_bytes_s)
+    questions = [split, *(Question(single, "both", 0.8 * case.colocated_rps, network_bytes_s) for single in singles)]
     judged = EmulatedJudge(spec, trace, costs, print_judged)(questions)
-    return [(question.arrangement.label, answer) for question, answer in zip(questions, judged, strict=True)]
+    [alone] = EmulatedJudge(replace(spec, allow_local=False), trace, costs, print_judged)([split])
+    labels = [f"{split.arrangement.label}, decode workers compute prompts too"]
+    labels += [question.arrangement.label for question in questions[1:]]
+    return [(split.arrangement.label, alone), *zip(labels, judged, strict=True)]
 
 
 def main() -> None:
