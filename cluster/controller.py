@@ -189,6 +189,9 @@ class Controller:
         staying = [worker for worker in workers if not worker.is_changing]
         decodes = [worker.stats for worker in staying if worker.role == "decode"]
         demand, attained = state.demand, state.attained
+        if len(staying) < len(workers):
+            # Queues and misses are those of the split that is being left: by them a march would go too far.
+            return _Pools(demand, prefill, len(workers) - prefill)
         window_s = self._config.window_s
         queued_s = sum(worker.stats.queued_s for worker in staying)
         waiting = sum(stats.waiting for stats in decodes)

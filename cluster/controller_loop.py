@@ -58,11 +58,13 @@ class Observed(Protocol):
 @dataclass(frozen=True, slots=True)
 class Sight:
     """What a gateway lets be seen. `outcomes` gives the requests that ended lately, at a time of the loop's clock;
-    `on_its_way` how many requests the gateway has sent to a worker that still have something to do there."""
+    `on_its_way` how many requests the gateway has sent to a worker that still have something to do there; `drains` has
+    it send no more there."""
 
     registry: Registry
     outcomes: Callable[[float], Sequence[Outcome]]
     on_its_way: Callable[[str], int]
+    drains: Callable[[str], None]
 
 
 def sight_of(gateway: Observed, registry: Registry) -> Sight:
@@ -73,7 +75,7 @@ def sight_of(gateway: Observed, registry: Registry) -> Sight:
         prompts = 0 if prefill is None else len(prefill.backlog.bookings)
         return prompts + (0 if decode is None else decode.row_count)
 
-    return Sight(registry, gateway.outcomes.recent, on_its_way)
+    return Sight(registry, gateway.outcomes.recent, on_its_way, gateway.view.drains)
 
 
 @dataclass(slots=True)
@@ -112,17 +114,27 @@ class ControllerLoop:
 
     def wanted_role(self, worker_id: str) -> Role | Literal[""]:
         """What to answer the worker whose report the registry has just taken."""
-        wish = self._wishes.get(worker_id)
-        if wish is None or self._sight is None:
+        if self._sight is None:
             return ""
-        known = self._sight.registry.all(asyncio.get_running_loop().time())
+        now, wish = asyncio.get_running_loop().time(), self._wishes.get(worker_id)
+        known = self._sight.registry.all(now)
         report = next((worker.report for worker in known if worker.report.worker_id == worker_id), None)
-        if report is None or report.role == wish.role:
+        if report is None or (wish is not None and report.role == wish.role):
             return ""
+        if wish is None or not self._can_do_without(report.role, now):
+            # Forgotten while it was silent, or others were lost meanwhile: it goes on as it is.
+            return report.role if report.stats.draining else ""
         # Asked first; and then released, once nothing more can come.
         if report.stats.draining and self._sight.on_its_way(worker_id):
             return ""
         return wish.role
+
+    def _can_do_without(self, role: Role, now: float) -> bool:
+        """Whether enough of the role are left that have not been asked to leave it."""
+        assert self._sight is not None, "asked by a gateway"
+        fewest = self._config.min_decode if role == "decode" else self._config.min_prefill
+        fresh = self._sight.registry.fresh(role, now)
+        return sum(not self._state(worker).is_changing for worker in fresh) >= fewest
 
     def arrived(self, prompt_tokens: int, max_tokens: int, objectives: Objectives) -> None:
         """A request came in good order; `max_tokens` of all its choices together."""
@@ -199,6 +211,8 @@ class ControllerLoop:
         self.actions.append((now, action))
         if isinstance(action, Flip):
             self._wishes[action.worker_id] = _Wish(action.role, now)
+            # It hears of it at its next report only. What is sent there until then would come back.
+            sight.drains(action.worker_id)
             return
         assert self._fleet is not None, "without a fleet nothing is scaled"
         change = self._add(action.role) if action.count > 0 else self._remove(action.role, sight)

@@ -147,7 +147,7 @@ class Gateway:
                                         if chunk is not None:
                                             yield chunk
                         except HandedBack as error:
-                            query = self._anew(run, query, booking, error)
+                            query = self._anew(run, booking, error)
                         finally:
                             self._end(booking)
         except TandemError as error:
@@ -166,8 +166,10 @@ class Gateway:
         now = asyncio.get_running_loop().time()
         self._registry.heartbeat(report, now)
         knows_cache = self.view.report(report, now)
-        self._dispatcher.news()
         role = self.controller.wanted_role(report.worker_id) if self.controller is not None else ""
+        if role and role != report.role:
+            self.view.drains(report.worker_id)
+        self._dispatcher.news()
         return HeartbeatReply(self._config.heartbeat_interval_s, role, kv_resync=not knows_cache)
 
     def on_its_way(self, worker_id: str) -> int:
@@ -234,7 +236,7 @@ class Gateway:
             names=BlockNames(run.token_ids, run.request.salt),
         )
 
-    def _anew(self, run: _Run, query: RouteQuery, booking: Booking, error: HandedBack) -> RouteQuery:
+    def _anew(self, run: _Run, booking: Booking, error: HandedBack) -> RouteQuery:
         """The question for a request that a draining worker had not begun. What was said of it before holds."""
         if run.answer.first_s is not None:
             raise error
@@ -242,9 +244,8 @@ class Gateway:
         if run.handed_back == PLACEMENTS_MAX:
             raise Unavailable(f"{PLACEMENTS_MAX} workers in a row were about to change their role or to leave")
         self.view.drains(booking.route.decode_id)
-        if query.was_deferred:
-            return query
-        return replace(query, was_deferred=True, promised_s=booking.route.predicted_ttft_s)
+        # Who was never put off was told nothing that could be learned from; it is served all the same.
+        return replace(booking.query, was_deferred=True)
 
     def _submit(self, run: _Run, booking: Booking, request_id: str) -> Submit:
         now = run.submitted_s = asyncio.get_running_loop().time()

@@ -120,8 +120,9 @@ class Request:
     @property
     def has_begun(self) -> bool:
         """Whether anything of it was computed here, or has come from a prefill worker."""
-        is_waiting = self.state in (RequestState.QUEUED, RequestState.PULLING, RequestState.LOCAL)
-        return not is_waiting or self.times.is_prompt_started
+        if self.state is RequestState.LOCAL:
+            return self.times.first_token_s is not None or self.lead.computed > self.cached_tokens
+        return self.state not in (RequestState.QUEUED, RequestState.PULLING)
 
     @property
     def is_finished(self) -> bool:

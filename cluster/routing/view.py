@@ -95,8 +95,9 @@ class ClusterView:
         return report.kv_events is None or self.prefix_index.apply(worker_id, report.kv_events)
 
     def drains(self, worker_id: str) -> None:
-        """It was seen to take nothing new: nothing more is sent there until it says otherwise."""
-        self._place(worker_id, eligible=False)
+        """It takes nothing new, or is about to: nothing more is sent there until it says otherwise."""
+        if worker_id in self.prefills or worker_id in self.decodes:
+            self._place(worker_id, eligible=False)
 
     def remove(self, worker_id: str) -> None:
         """Forgets a worker."""

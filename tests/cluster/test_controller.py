@@ -175,6 +175,24 @@ def test_a_march_does_not_wait_for_those_on_their_way():
     assert len(flips) > 1
 
 
+def test_a_queue_that_those_on_their_way_will_shorten_takes_no_more_of_them():
+    """What waits at the workers that stay grows for as long as the others drain."""
+    controller = Controller(CONFIG, 16)
+    demand = replace(EVEN, prefill=7.0, decode=6.0)
+    workers, count = list(pools(4, 12)), 0
+    for step in range(60):
+        stats = replace(IDLE, queued_s=2.0 * step)
+        now_there = tuple(replace(each, stats=stats) if each.role == "prefill" else each for each in workers)
+        for action in controller.decide(ClusterState(now_there, demand), 5.0 * step):
+            assert isinstance(action, Flip)
+            count += 1
+            workers = [
+                replace(each, is_changing=True, becomes="prefill") if each.worker_id == action.worker_id else each
+                for each in workers
+            ]
+    assert 4 + count <= controller.best_prefill(demand, 16, 4)
+
+
 def test_a_turn_while_workers_change_waits_for_them():
     controller = Controller(CONFIG, 16)
     early = replace(EVEN, prefill=1.0, decode=9.0, mix=math.log(1 / 9))

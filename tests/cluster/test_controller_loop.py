@@ -71,11 +71,17 @@ class Bench:
         self.on_its_way: dict[str, int] = {}
         self.outcomes: list[Outcome] = []
         self.asked: list[tuple[str, str]] = []
+        self.avoided: list[str] = []
         self.arriving = (0.0, 100, 71)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        sight = Sight(self.registry, lambda _: self.outcomes, lambda worker_id: self.on_its_way.get(worker_id, 0))
+        sight = Sight(
+            self.registry,
+            lambda _: self.outcomes,
+            lambda worker_id: self.on_its_way.get(worker_id, 0),
+            self.avoided.append,
+        )
         for _ in range(ANSWERS_MIN):
             self.loop.answered(100, 0, 71, 71)
         tasks = [asyncio.create_task(work) for work in (self.loop.run(sight), self._beat(), self._arrive())]
@@ -126,6 +132,9 @@ async def test_a_flip_is_asked_for_released_and_counted():
     async with bench.running():
         worker_id, role = await bench.wished()
         assert (worker_id, role) == ("d0", "prefill")
+        assert bench.avoided == ["d0"], (
+            "nothing more is sent there, though it has not heard of it before its next report"
+        )
         bench.draining.add("d0")
         bench.on_its_way["d0"] = 1
         bench.asked.clear()
@@ -159,6 +168,31 @@ async def test_a_worker_that_gives_up_is_let_alone(caplog: pytest.LogCaptureFixt
             await asyncio.sleep(CONFIG.drain_limit_s - 5.0)
             assert not bench.asked, "and nobody is bothered for a while"
     assert "d0 does not become a prefill worker" in caplog.text
+
+
+@on_virtual_time
+async def test_a_flip_is_called_off_when_nobody_else_would_be_left():
+    """Those asked to leave the role drain, and then the last that was to stay is lost."""
+    bench = Bench(6, 2)
+    bench.arriving = PROMPTS
+    async with bench.running():
+        worker_id, _ = await bench.wished()
+        bench.draining.add(worker_id)
+        [left] = [name for name, role in bench.roles.items() if role == "decode" and name != worker_id]
+        del bench.roles[left]
+        await asyncio.sleep(5.0)
+        assert bench.report(worker_id) == "decode"
+        assert bench.loop.flip_count == 0
+
+
+@on_virtual_time
+async def test_a_worker_that_drains_for_a_forgotten_wish_is_told_to_go_on():
+    bench = Bench(4, 4)
+    async with bench.running():
+        await asyncio.sleep(2.0)
+        bench.draining.add("d0")
+        assert bench.report("d0") == "decode"
+        assert bench.report("d1") == ""
 
 
 @on_virtual_time

@@ -85,6 +85,8 @@ async def test_what_a_draining_worker_gives_back_is_placed_anew() -> None:
         assert tried.count("d3:1") == 4
         assert 0 < tried.count("d1:1") + tried.count("d2:1") <= 2, "a worker that gave one back is sent no other"
         assert fake.cancels == []
+        promise = gateway.router.calibration.promise
+        assert promise.count == 0, "nobody was put off: being given back says nothing of such promises"
 
 
 @on_virtual_time

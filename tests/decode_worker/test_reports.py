@@ -78,6 +78,30 @@ def test_a_draining_decode_worker_gives_back_what_it_has_not_begun_and_serves_th
     virtual_loop.run(main())
 
 
+def test_a_draining_decode_worker_gives_back_local_prompts_that_it_has_not_computed_yet() -> None:
+    async def main() -> None:
+        transport = ScriptedTransport()
+        worker = decode(transport, runner(64), local_token_budget=8)
+        async with running(transport.prefill.run(), worker.run()):
+            gateway = Gateway(worker)
+            for index, name in enumerate(("first", "second", "third")):
+                gateway.send(submit(range(40 * index, 40 * index + 40), name))
+            # In the first one's second chunk of five; all three have their blocks.
+            await asyncio.sleep(0.03)
+            worker.drain()
+            await asyncio.sleep(1)
+            ends = {event.request_id: event for event in gateway.events if isinstance(event, Done | Failed)}
+            assert isinstance(ends["first"], Done)
+            for name in ("second", "third"):
+                assert isinstance(ends[name], Failed)
+                assert isinstance(ends[name].error, HandedBack)
+            assert worker.is_idle
+            worker.check_empty()
+            await gateway.detach()
+
+    virtual_loop.run(main())
+
+
 def test_a_decode_worker_is_not_idle_while_a_pull_is_open() -> None:
     async def main() -> None:
         transport = ScriptedTransport()
