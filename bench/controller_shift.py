@@ -48,8 +48,9 @@ SIGMA = 0.4
 PROMPT_MAX, ANSWER_MAX = 6000, 2000
 # A goodput search ends within this part of the answer.
 TOLERANCE = 0.04
-# No run of the search is shorter: queues that one rate too many makes must have time to show.
-SPAN_S = 60.0
+# No run of the search is shorter: full KV pools fill over minutes, and a rate that is kept for one is not always kept
+# for ten.
+SPAN_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ def best_split(load: Load, options: argparse.Namespace) -> BestSplit:
         return BestSplit(load, dict(zip(splits, rates(splits), strict=True)))
 
 
-def run_phases(bests: Sequence[BestSplit], share: float, options: argparse.Namespace) -> Run:
+def run_phases(bests: Sequence[BestSplit], options: argparse.Namespace, share: float) -> Run:
     phase_s, rng = options.phase_s, random.Random(options.seed + 1)
     requests = [
         request
@@ -248,14 +249,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--router", default="goodput")
     parser.add_argument("--no-local", action="store_true", help="prompts are computed by prefill workers only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="splits that are searched side by side")
+    parser.add_argument("--processes", type=int, default=1, help="splits that are searched, and runs that are made, side by side")
     parser.add_argument("--beside", type=int, default=2, help="splits on either side of the load model's best")
     parser.add_argument("--search-requests", type=int, default=1500, help="requests of a run of the goodput search")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     found = {load: best_split(load, options) for load in dict.fromkeys(PHASES)}
     bests = [found[load] for load in PHASES]
-    runs = [run_phases(bests, share, options) for share in options.shares]
+    with forked(partial(run_phases, bests, options), options.processes) as phases:
+        runs = list(phases(options.shares))
     if options.json:
         print(json.dumps(as_json(bests[:2], runs)))
     else:
