@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--router", default="goodput")
     parser.add_argument("--no-local", action="store_true", help="prompts are computed by prefill workers only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="splits that are searched, and runs that are made, side by side")
+    parser.add_argument("--processes", type=int, default=1, help="emulations that are run side by side")
     parser.add_argument("--beside", type=int, default=2, help="splits on either side of the load model's best")
     parser.add_argument("--search-requests", type=int, default=1500, help="requests of a run of the goodput search")
     parser.add_argument("--json", action="store_true")
