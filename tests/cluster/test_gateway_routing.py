@@ -28,13 +28,14 @@ WIDE = CONFIG.model_copy(update={"max_running": 64, "max_waiting": 64})
 
 
 class Controller:
-    """Wants one role, and notes what it is told."""
+    """Wants the roles in `wanted`, and notes what it is told."""
 
     def __init__(self) -> None:
+        self.wanted: dict[str, str] = {}
         self.told: list[tuple[object, ...]] = []
 
     def wanted_role(self, worker_id: str) -> str:
-        return "decode" if worker_id == "p" else ""
+        return self.wanted.get(worker_id, "")
 
     def arrived(self, *what: object) -> None:
         self.told.append(("arrived", *what))
@@ -291,7 +292,6 @@ async def test_a_gap_in_the_events_asks_for_a_snapshot() -> None:
 async def test_a_controller_is_told_of_requests_and_says_who_is_to_be_what() -> None:
     controller = Controller()
     async with routing(FakeDecode(ANSWER), controller=controller) as gateway:
-        assert gateway.heartbeat(report("p")).role == "decode"
         assert gateway.heartbeat(report("d")).role == ""
         task = start(gateway, "r", **ask(ttft_s=5.0))
         await asyncio.sleep(STEP_S)
@@ -300,6 +300,10 @@ async def test_a_controller_is_told_of_requests_and_says_who_is_to_be_what() -> 
         assert (gateway.on_its_way("p"), gateway.on_its_way("d")) == (0, 0)
         with pytest.raises(Overloaded):
             await start(gateway, "r", **ask(ttft_s=0.1))
+        assert "p" in gateway.view.prefill_order
+        controller.wanted["p"] = "decode"
+        assert gateway.heartbeat(report("p")).role == "decode"
+        assert "p" not in gateway.view.prefill_order, "nothing more is sent to one that is asked to change"
     assert controller.told == [
         ("arrived", 3, LENGTH, Objectives(5.0)),
         ("answered", 3, 2, LENGTH, LENGTH),
