@@ -18,6 +18,7 @@ from engine.errors import (
     TransferFailed,
     Unavailable,
 )
+from engine.objectives import Objectives
 from engine.sampling import SamplingParams
 from tests.cluster.fake_decode import STEP_S, FakeDecode, on_virtual_time
 from tests.cluster.serving import (
@@ -78,7 +79,7 @@ async def test_what_a_draining_worker_gives_back_is_placed_anew() -> None:
     fake.draining = {"d1:1", "d2:1"}
     async with serving(fake, ("p", "d1", "d2", "d3")) as gateway:
         for _ in range(4):
-            chunks, complete = await collect(gateway, TO_THE_END)
+            chunks, complete = await collect(gateway, replace(TO_THE_END, objectives=Objectives(5.0)))
             assert "".join(chunk.text for chunk in chunks) == TOKENIZER.decode(ANSWER)
             assert complete.receipt.decode_worker == "d3"
         tried = [address for address, _ in fake.submits]
