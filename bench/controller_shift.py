@@ -48,8 +48,7 @@ SIGMA = 0.4
 PROMPT_MAX, ANSWER_MAX = 6000, 2000
 # A goodput search ends within this part of the answer.
 TOLERANCE = 0.04
-# No run of the search is shorter: full KV pools fill over minutes, and a rate that is kept for one is not always kept
-# for ten.
+# No run of the search is shorter: of a rate that is kept for one minute a tenth may be too much for five.
 SPAN_S = 300.0
 
 

@@ -3,7 +3,8 @@
 Kinds of traffic differ in both: long documents get short answers, short questions long ones. When the traffic turns
 from one to the other, answers of the old kind go on ending for as long as a long answer takes, and one mean over all
 would take the new kind to be like them. Apart by powers of two of the prompt's length, a kind that was seen before is
-known at once.
+known at once. For the controller, which asks about arrivals; how long running answers will be is the router's question
+(routing/answer_length.py).
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ The load of a split is that of its bottleneck, as a part of what the pool bears 
 
 Where the router has decode workers compute prompts too, as many go there as make both pools equally full.
 
-Steps are made towards the split of least load when that is clearly less (`min_gain`), when there is need (`busy`, or
-attainment below `target`), when several decisions in a row agree, and when the last action has come to rest. A step
-changes half of the workers that are to change, and the next one in the same direction does not wait for them: a march
-of many takes about as long as one drain. A step is
+A march towards the split of least load begins when that is clearly less (`min_gain`), when there is need (`busy`, or
+attainment below `target`), when several decisions in a row agree, and when the last action has come to rest. A step of
+it changes half of the workers that are to change; the next one in the same direction does not wait for these. A step is
 never undone before the arrivals themselves have changed (`min_shift`): whatever the workers report meanwhile, constant
 demand gives finitely many actions and then none (docs/decisions/0012-controller.md).
 """
@@ -124,20 +123,16 @@ class Controller:
         pools = self._felt(state)
         actions: list[Action] = []
         if state.demand.requests >= self._config.min_requests and pools.count:
-            actions = [*self._flips(pools, state, now)]
-            if changing:
-                # A march need not wait for those on their way, whose answers may be long; anything else does.
-                actions = actions if self._goes_on(actions, now) else []
-            else:
-                actions = actions or [*self._scale(pools, state)]
+            actions = [*self._flips(pools, state, now)] or [*self._scale(pools, state)]
         first = actions[0] if actions else None
-        kind = None if first is None else ("flip" if isinstance(first, Flip) else "scale", first.role)
-        self._agree(kind)
-        if first is None:
+        goes_on = isinstance(first, Flip) and self._is_marching(first.role, now)
+        if first is None or (changing and not goes_on):
+            # A march need not wait for those on their way, whose answers may be long; anything else does.
+            self._agree(None)
             return []
+        self._agree(("flip" if isinstance(first, Flip) else "scale", first.role))
         # What was confirmed for the first step of a march holds for the next.
-        is_confirmed = isinstance(first, Flip) and self._is_marching(first.role, now)
-        if self._agreed < self._config.confirmations and not is_confirmed:
+        if self._agreed < self._config.confirmations and not goes_on:
             return []
         if now - self._restless_s < self._config.cooldown_s:
             return []
@@ -174,10 +169,6 @@ class Controller:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _goes_on(self, actions: list[Action], now: float) -> bool:
-        """Whether these belong to the march that is under way."""
-        return all(isinstance(action, Flip) and self._is_marching(action.role, now) for action in actions)
-
     def _agree(self, kind: tuple[str, Role] | None) -> None:
         self._agreed = self._agreed + 1 if kind is not None and kind == self._wish else int(kind is not None)
         self._wish = kind
@@ -207,8 +198,8 @@ class Controller:
         return _Pools(felt, prefill, len(workers) - prefill)
 
     def _flips(self, pools: _Pools, state: ClusterState, now: float) -> list[Flip]:
-        """Towards the best split of the workers there are: half of the way at least. Then it is looked
-        anew, so that a first guess that goes too far does not take all of them there."""
+        """Towards the best split of the workers there are: half of the way at least, for a first guess may go too
+        far."""
         demand, config = pools.demand, self._config
         present = self.load(demand, pools.prefill, pools.decode)
         has_missed = state.attained.requests >= config.min_requests and state.attained.total < config.target

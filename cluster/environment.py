@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -50,8 +51,14 @@ def prepare_ray(*, is_local: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if is_local:
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _ray_token()
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@functools.cache
+def _ray_token() -> str:
+    """Ray keeps the first one that it sees in a process, and refuses its own head any other."""
+    return secrets.token_hex(32)
 
 
 def worker_variables(threads: int, variables: Mapping[str, str] | None = None) -> dict[str, str]:

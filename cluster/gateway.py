@@ -13,7 +13,7 @@ import asyncio
 import math
 import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -139,13 +139,13 @@ class Gateway:
                         booking = run.booking = await self._dispatcher.place(query, run.deadline_s)
                         try:
                             submit = self._submit(run, booking, request_id)
-                            async with self._links.submit(booking.route.decode_address, submit) as mailbox:
-                                with _deadline(run, mailbox):
-                                    while not run.is_over:
-                                        event = await anext(mailbox)
-                                        chunk = self._take(run, booking, event, mailbox.came_s)
-                                        if chunk is not None:
-                                            yield chunk
+                            link = self._links.submit(booking.route.decode_address, submit)
+                            async with link as mailbox, _deadline(run, mailbox):
+                                while not run.is_over:
+                                    event = await anext(mailbox)
+                                    chunk = self._take(run, booking, event, mailbox.came_s)
+                                    if chunk is not None:
+                                        yield chunk
                         except HandedBack as error:
                             query = self._anew(run, booking, error)
                         finally:
@@ -303,8 +303,8 @@ class Gateway:
             )
 
 
-@contextmanager
-def _deadline(run: _Run, mailbox: Mailbox) -> Iterator[None]:
+@asynccontextmanager
+async def _deadline(run: _Run, mailbox: Mailbox) -> AsyncIterator[None]:
     """Ends the reading of an answer at its request's deadline: one timer for all of its parts."""
     timer = None
     if run.deadline_s is not None:

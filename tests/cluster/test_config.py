@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cluster.config import FLAGS, TandemConfig, from_json, known_keys, load, to_json
-from cluster.environment import read_environment, worker_variables
+from cluster.environment import prepare_ray, read_environment, worker_variables
 from cluster.worker_spec import cpus_of, worker_names
 from engine.errors import ConfigError
 
@@ -132,6 +133,17 @@ def test_environment():
     assert read_environment({"TANDEM_LOG_LEVEL": "INFO"}).log_level == 20
     with pytest.raises(ConfigError, match="TANDEM_LOG_LEVEL: got 'loud', expected one of debug, info"):
         read_environment({"TANDEM_LOG_LEVEL": "loud"})
+
+
+def test_one_ray_token_for_as_long_as_the_process_lives(monkeypatch):
+    """Ray remembers the first."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    prepare_ray(is_local=True)
+    token = os.environ["RAY_AUTH_TOKEN"]
+    prepare_ray(is_local=True)
+    assert os.environ["RAY_AUTH_TOKEN"] == token
+    assert len(token) == 64
 
 
 def test_worker_variables_respect_the_users_own():
