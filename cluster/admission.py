@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from cluster.deadline import within
@@ -20,6 +20,19 @@ MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
 
 Ticket = asyncio.Future[None]
+
+
+class Place:
+    """One of the places to run."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave: Callable[[], None] | None = leave
+
+    def give_back(self) -> None:
+        """It is for the next one now. May be called again."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
 
 
 class Admission:
@@ -40,21 +53,26 @@ class Admission:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def place(self, deadline_s: float | None, due_s: float = math.inf) -> AsyncIterator[None]:
-        """Waits for a place and holds it. Raises Overloaded when too many wait already, or at `due_s`, from when on
-        the place is of no use; DeadlineExceeded at `deadline_s`. Times are of the loop's clock. Whoever stops waiting,
-        for whatever reason, leaves the queue at once."""
+    async def place(self, deadline_s: float | None, due_s: float = math.inf) -> AsyncIterator[Place]:
+        """Waits for a place and holds it, until it is given back or the context is left. Raises Overloaded when too
+        many wait already, or at `due_s`, from when on the place is of no use; DeadlineExceeded at `deadline_s`. Times
+        are of the loop's clock. Whoever stops waiting, for whatever reason, leaves the queue at once."""
         if self.running_count < self._max_running:
             self.running_count += 1
         else:
             await self._wait(deadline_s, due_s)
         loop = asyncio.get_running_loop()
         entered_s = loop.time()
-        try:
-            yield
-        finally:
+
+        def leave() -> None:
             self._held_s.add(loop.time() - entered_s)
             self._leave()
+
+        place = Place(leave)
+        try:
+            yield place
+        finally:
+            place.give_back()
 
     async def _wait(self, deadline_s: float | None, due_s: float) -> None:
         limit_s = due_s if deadline_s is None else min(due_s, deadline_s)

@@ -6,7 +6,7 @@ Delta's tokens ─▶ Detokenizer ─▶ StopStrings ─▶ text shown to the cl
 from __future__ import annotations
 
 from cluster.messages import Choice, Chunk
-from decode_worker.stream import Delta
+from decode_worker.stream import ChoiceSoFar, Delta
 from engine.batch import Sampled
 from engine.detokenizer import Detokenizer
 from engine.request import FinishReason
@@ -27,8 +27,12 @@ class Answer:
     @property
     def was_cut(self) -> bool:
         """True when every choice has ended, at least one of them only here: the worker would go on with it."""
-        has_ended = all(choice.finish_reason is not None for choice in self._choices)
-        return has_ended and not all(choice.has_ended_at_worker for choice in self._choices)
+        return self.has_ended and not all(choice.has_ended_at_worker for choice in self._choices)
+
+    @property
+    def has_ended(self) -> bool:
+        """True when every choice has, wherever."""
+        return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
     def token_count(self) -> int:
@@ -53,6 +57,13 @@ class Answer:
             self.first_s = now if self.first_s is None else self.first_s
             self.last_s = now
         return choice.add(delta)
+
+    def so_far(self) -> tuple[ChoiceSoFar, ...]:
+        """What another worker has to know to go on with it."""
+        return tuple(
+            ChoiceSoFar(tuple(token.token_id for token in choice.tokens), choice.finish_reason is not None)
+            for choice in self._choices
+        )
 
     def choices(self) -> tuple[Choice, ...]:
         """Every choice as far as it got; one without an end has the reason `abort`."""

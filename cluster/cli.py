@@ -1,4 +1,4 @@
-"""The command line: `tandem serve | generate | status | bench | plan | emulate | profile | worker | demo | fetch`.
+"""The command line: `tandem serve | generate | status | bench | plan | emulate | chaos | profile | worker | demo | …`.
 
 Exit codes: 0 done; 2 a usage error or anything of the TandemError tree, with one line on stderr; 130 after Ctrl-C.
 What a command needs is imported inside it: torch, grpc and Ray take seconds, and `tandem --help` must not.
@@ -20,6 +20,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cluster.commands.cli_bench import bench_command
+from cluster.commands.cli_chaos import chaos_command
 from cluster.commands.cli_planning import emulate_command, plan_command
 from cluster.commands.running import Stopped, run
 from cluster.environment import quiet_libraries, read_environment
@@ -233,6 +234,7 @@ def profile(
 app.command("emulate")(emulate_command())
 app.command("plan")(plan_command())
 app.command("bench")(bench_command())
+app.command("chaos")(chaos_command())
 
 
 def main() -> None:

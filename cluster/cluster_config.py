@@ -61,7 +61,15 @@ class ClusterConfig(BaseModel):
         description="Bind the threads of each worker to CPUs of its own: an equal share of engine.cpus, or of all. For "
         "workers that are all on one machine.",
     )
-    max_restarts: int = Field(3, ge=0, description="How often a worker that died is started again.")
+    lease_s: float = Field(
+        10.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="How long a peer that is gone, frozen or cut off may hold KV blocks and streams at most.",
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="How often a worker that died is started again, in a row; a minute's life begins anew."
+    )
     start_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="How long all workers together may take until they report."
     )

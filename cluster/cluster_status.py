@@ -50,4 +50,5 @@ def _worker_status(worker: KnownWorker, registry: Registry, now: float) -> Worke
         cost_error_p90=stats.cost_error_p90,
         prefill_scale=stats.prefill_scale,
         decode_scale=stats.decode_scale,
+        kv_faults=stats.kv_faults,
     )

@@ -12,36 +12,34 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Literal, Protocol
 
-from cluster.admission import Admission
+from cluster.admission import Admission, Place
 from cluster.answer import Answer
+from cluster.breakers import Breakers
 from cluster.cluster_status import cluster_status
 from cluster.dispatcher import Dispatcher
+from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
 from cluster.intake import prompt_token_ids
 from cluster.ledger import Ledger
 from cluster.links import DecodeLinks, Mailbox
-from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo, Usage
+from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
 from cluster.outcomes import Outcome, Outcomes, Reason
-from cluster.prefix_index import BlockNames, PrefixIndex
+from cluster.prefix_index import PrefixIndex
 from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
 from cluster.routing.booking import Booking
 from cluster.routing.costs import CostLike, RoleCosts, worker_costs
 from cluster.routing.make_router import make_router
-from cluster.routing.query import RouteQuery
 from cluster.routing.view import ClusterView
-from decode_worker.stream import Delta, Done, Event, Failed, Submit
-from engine.errors import DeadlineExceeded, HandedBack, InvalidArgument, NotFound, Overloaded, TandemError, Unavailable
+from cluster.run import Run
+from decode_worker.stream import Delta, Done, Event, Failed
+from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError
 from engine.objectives import Objectives
-from engine.request import Receipt
 from engine.tokenizer import Tokenizer
-
-# A request that so many workers gave back finds the cluster in no state to serve it.
-PLACEMENTS_MAX = 8
 
 
 class RoleController(Protocol):
@@ -60,26 +58,6 @@ class RoleController(Protocol):
     def answered(self, prompt_tokens: int, cached_tokens: int, max_tokens: int, answer_tokens: int) -> None:
         """A request was answered whole."""
         ...
-
-
-@dataclass(slots=True)
-class _Run:
-    """One request under way: what was asked, and how far it is."""
-
-    request: GenerateRequest
-    token_ids: tuple[int, ...]
-    objectives: Objectives
-    arrived_s: float
-    deadline_s: float | None
-    answer: Answer
-    submitted_s: float = 0.0
-    booking: Booking | None = None
-    handed_back: int = 0
-    done: Done | None = None
-
-    @property
-    def is_over(self) -> bool:
-        return self.done is not None or self.answer.was_cut
 
 
 class Gateway:
@@ -117,7 +95,12 @@ class Gateway:
             PrefixIndex(config.router.prefix_entries),
         )
         self.router = make_router(config.router)
-        self._ledger = Ledger(self.view, self.router)
+        breakers = Breakers(
+            self.view, rng, config.failures.shun_s, config.failures.max_shun_s, lambda: self._dispatcher.news()
+        )
+        self._breakers = breakers
+        self._failures = Failures(config.failures, self.view, breakers, links, rng)
+        self._ledger = Ledger(self.view, self.router, breakers)
         self._dispatcher = Dispatcher(
             self.view, self.router, self._ledger, rng, config.route_wait_s, config.router.lead_s
         )
@@ -127,35 +110,32 @@ class Gateway:
         """Runs one request: Chunks as its tokens come, then one Complete. Closing the generator cancels everything.
 
         Raises InvalidArgument or NotFound for a bad request, Overloaded when too many wait or its objectives are out of
-        reach, Unavailable when no worker can be had or one is lost, DeadlineExceeded naming the phase, and whatever
-        else the workers report.
+        reach, Unavailable when no worker can be had, DeadlineExceeded naming the phase, and whatever else the workers
+        report, or the loss of one, where no other may go on (failures.py).
         """
         run = self._start(request)
         try:
             with self._own_id(request.request_id) as request_id:
-                async with self._admission.place(run.deadline_s, self._give_up_s(run)):
-                    query = self._query(run)
+                async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:
                     while not run.is_over:
-                        booking = run.booking = await self._dispatcher.place(query, run.deadline_s)
+                        booking = await self._dispatcher.place(run.query(), run.deadline_s)
+                        failure: TandemError | None = None
                         try:
-                            submit = self._submit(run, booking, request_id)
-                            link = self._links.submit(booking.route.decode_address, submit)
-                            async with link as mailbox, _deadline(run, mailbox):
-                                while not run.is_over:
-                                    event = await anext(mailbox)
-                                    chunk = self._take(run, booking, event, mailbox.came_s)
-                                    if chunk is not None:
-                                        yield chunk
-                        except HandedBack as error:
-                            query = self._anew(run, booking, error)
+                            async with aclosing(self._attempt(run, booking, request_id, place)) as chunks:
+                                async for chunk in chunks:
+                                    yield chunk
+                        except TandemError as error:
+                            failure = error
                         finally:
                             self._end(booking)
+                        if failure is not None:
+                            await self._failures.recover(run, booking, failure)
         except TandemError as error:
             self._count(run, _reason(error))
             raise
         # Only now, with nothing held any more: a reader may take its time over the last part.
         self._count(run, "finished")
-        yield _complete(run)
+        yield run.complete()
 
     def heartbeat(self, report: WorkerReport) -> HeartbeatReply:
         """Takes a worker's report; returns what is asked of the worker. Every report must come through here:
@@ -165,6 +145,7 @@ class Gateway:
             raise InvalidArgument("model", report.model, f"{self.model.name!r}, which this gateway serves")
         now = asyncio.get_running_loop().time()
         self._registry.heartbeat(report, now)
+        self._breakers.heard(report)
         knows_cache = self.view.report(report, now)
         role = self.controller.wanted_role(report.worker_id) if self.controller is not None else ""
         if role and role != report.role:
@@ -196,17 +177,18 @@ class Gateway:
 
     # ── one request ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, request: GenerateRequest) -> _Run:
+    def _start(self, request: GenerateRequest) -> Run:
         """Raises InvalidArgument or NotFound: what is no request in good order does not count as one."""
         now = asyncio.get_running_loop().time()
         token_ids = prompt_token_ids(request, self.model, self.tokenizer, self._config.max_prompt_chars)
         objectives = self._config.objectives_of(request.objectives, request.slo_class)
+        on_failure = self._config.on_failure_of(request.on_failure)
         allowed_s = request.deadline_s or self._config.default_deadline_s
         deadline_s = None if allowed_s is None else now + allowed_s
         if self.controller is not None:
             params = request.params
             self.controller.arrived(len(token_ids), params.n * params.max_tokens, objectives)
-        return _Run(request, token_ids, objectives, now, deadline_s, Answer(request.params, self.tokenizer))
+        return Run(request, token_ids, objectives, on_failure, now, deadline_s, Answer(request.params, self.tokenizer))
 
     @contextmanager
     def _own_id(self, request_id: str) -> Iterator[str]:
@@ -219,61 +201,48 @@ class Gateway:
         finally:
             self._request_ids.remove(request_id)
 
-    def _give_up_s(self, run: _Run) -> float:
+    def _give_up_s(self, run: Run) -> float:
         """Until when a place is of use. The baselines serve a request whose objective has passed as any other."""
         if run.objectives.ttft_s is None or not self.router.refuses:
             return math.inf
         return run.arrived_s + run.objectives.ttft_s
 
-    def _query(self, run: _Run) -> RouteQuery:
-        params, prompt_tokens = run.request.params, len(run.token_ids)
-        return RouteQuery(
-            prompt_tokens=prompt_tokens,
-            total_tokens=prompt_tokens + params.max_tokens,
-            rows=params.n,
-            objectives=run.objectives,
-            arrived_s=run.arrived_s,
-            names=BlockNames(run.token_ids, run.request.salt),
-        )
+    async def _attempt(self, run: Run, booking: Booking, request_id: str, place: Place) -> AsyncGenerator[Chunk, None]:
+        """Hands a run to a worker, for what is missing of its answer. Raises what the worker, or its loss, ends it
+        with."""
+        run.booking = booking
+        booking.tokens_drawn = run.answer.token_count
+        booking.drawn = booking.tokens_drawn // run.request.params.n
+        if run.seed is None:
+            run.seed = self._rng.getrandbits(63)
+        submit = run.submit(booking, request_id, asyncio.get_running_loop().time())
+        notice = partial(self._notice, booking, place)
+        link = self._links.submit(booking.route.decode_address, submit, notice)
+        async with link as mailbox, _deadline(run, mailbox):
+            while not run.is_over:
+                event = await anext(mailbox)
+                chunk = self._take(run, event, mailbox.came_s)
+                if chunk is not None:
+                    yield chunk
 
-    def _anew(self, run: _Run, booking: Booking, error: HandedBack) -> RouteQuery:
-        """The question for a request that a draining worker had not begun. What was said of it before holds."""
-        if run.answer.first_s is not None:
-            raise error
-        run.handed_back += 1
-        if run.handed_back == PLACEMENTS_MAX:
-            raise Unavailable(f"{PLACEMENTS_MAX} workers in a row were about to change their role or to leave")
-        self.view.drains(booking.route.decode_id)
-        # Who was never put off was told nothing that could be learned from; it is served all the same.
-        return replace(booking.query, was_deferred=True)
-
-    def _submit(self, run: _Run, booking: Booking, request_id: str) -> Submit:
-        now = run.submitted_s = asyncio.get_running_loop().time()
-        left_s = None if run.deadline_s is None else run.deadline_s - now
-        if left_s is not None and left_s <= 0:
-            raise DeadlineExceeded("routing")
-        params, ttft_s = run.request.params, run.objectives.ttft_s
-        return Submit(
-            request_id=request_id,
-            token_ids=run.token_ids,
-            params=params,
-            seed=self._rng.getrandbits(63) if params.seed is None else params.seed,
-            prefill_address=booking.route.prefill_address,
-            deadline_s=left_s,
-            salt=run.request.salt,
-            ttft_due_s=None if ttft_s is None else max(0.0, run.arrived_s + ttft_s - now),
-            tpot_s=run.objectives.tpot_s,
-        )
-
-    def _take(self, run: _Run, booking: Booking, event: Event, now: float) -> Chunk | None:
+    def _notice(self, booking: Booking, place: Place, event: Event) -> None:
+        """What the cluster's books need of an event, when it comes: its client may read it much later, or never."""
+        now = asyncio.get_running_loop().time()
         match event:
-            case Delta() as delta:
-                chunk = run.answer.add(delta, now)
-                if booking.first_s is None and run.answer.first_s is not None:
+            case Delta(tokens=tokens) if tokens:
+                if booking.first_s is None:
                     self._ledger.first_token(booking, now)
                     self._dispatcher.news()
-                self._ledger.drew(booking, run.answer.token_count // run.request.params.n, now)
-                return chunk
+                self._ledger.drew(booking, len(tokens), now)
+            case Done():
+                self._end(booking)
+                place.give_back()
+
+    @staticmethod
+    def _take(run: Run, event: Event, now: float) -> Chunk | None:
+        match event:
+            case Delta() as delta:
+                return run.answer.add(delta, now)
             case Failed(error=error):
                 raise error
             case Done():
@@ -284,7 +253,7 @@ class Gateway:
         self._ledger.end(booking, asyncio.get_running_loop().time())
         self._dispatcher.news()
 
-    def _count(self, run: _Run, reason: Reason | None) -> None:
+    def _count(self, run: Run, reason: Reason | None) -> None:
         if reason is None:
             return
         answer, booking = run.answer, run.booking
@@ -304,7 +273,7 @@ class Gateway:
 
 
 @asynccontextmanager
-async def _deadline(run: _Run, mailbox: Mailbox) -> AsyncIterator[None]:
+async def _deadline(run: Run, mailbox: Mailbox) -> AsyncIterator[None]:
     """Ends the reading of an answer at its request's deadline: one timer for all of its parts."""
     timer = None
     if run.deadline_s is not None:
@@ -328,21 +297,3 @@ def _reason(error: TandemError) -> Reason | None:
         case DeadlineExceeded():
             return "expired"
     return "failed"
-
-
-def _complete(run: _Run) -> Complete:
-    """Without `run.done` a stop string ended the answer here, and the worker's part of the receipt is not known."""
-    assert run.booking is not None, "somebody has answered it"
-    answer, done, route = run.answer, run.done, run.booking.route
-    receipt = replace(
-        done.receipt if done is not None else Receipt(),
-        gateway_queue_s=run.submitted_s - run.arrived_s,
-        ttft_s=0.0 if answer.first_s is None else answer.first_s - run.arrived_s,
-        tpot_s=answer.tpot_s,
-        prefill_worker=route.prefill_id,
-        decode_worker=route.decode_id,
-        predicted_ttft_s=route.predicted_ttft_s,
-        predicted_tpot_s=route.predicted_tpot_s,
-    )
-    cached_tokens = done.cached_tokens if done is not None else 0
-    return Complete(answer.choices(), Usage(len(run.token_ids), answer.token_count, cached_tokens), receipt)

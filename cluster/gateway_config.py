@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.errors import ConfigError, InvalidArgument
 from engine.objectives import Objectives
 
+OnFailure = Literal["recompute", "retry", "fail"]
 Policy = Literal["goodput", "round_robin", "random", "least_loaded", "power_of_two", "prefix_affinity"]
 
 
@@ -102,6 +103,37 @@ class ObjectivesConfig(BaseModel):
         )
 
 
+class FailureConfig(BaseModel):
+    """What becomes of a request when a worker fails it, and of the worker. Times are in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on_failure: OnFailure = Field(
+        default="recompute",
+        description="Of requests that name nothing. recompute: another worker goes on after the tokens that were sent; "
+        "retry: only while none was; fail: the client is told.",
+    )
+    max_attempts: int = Field(default=5, ge=1, description="How often one request is handed to workers at most.")
+    backoff_s: float = Field(
+        default=0.05,
+        ge=0,
+        allow_inf_nan=False,
+        description="Longest wait before the first retry; twice as long before each further one, drawn at random.",
+    )
+    max_backoff_s: float = Field(default=2.0, ge=0, allow_inf_nan=False, description="Longest wait before any retry.")
+    retries_per_s: float = Field(
+        default=50.0, gt=0, allow_inf_nan=False, description="Of all requests together; beyond that they wait in turn."
+    )
+    retry_burst: int = Field(default=256, ge=1, description="Retries that may come at once, all requests together.")
+    shun_s: float = Field(
+        default=0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long a worker that failed gets no new request; twice as long after each further failure.",
+    )
+    max_shun_s: float = Field(default=8.0, ge=0, allow_inf_nan=False, description="Longest such time.")
+
+
 class GatewayConfig(BaseModel):
     """Limits of one gateway. Times are in seconds."""
 
@@ -143,7 +175,17 @@ class GatewayConfig(BaseModel):
     classes: dict[str, ObjectivesConfig] = Field(
         default={}, description="Objectives by the name that requests give as slo_class."
     )
+    failures: FailureConfig = FailureConfig()
     router: RouterConfig = RouterConfig()
+
+    def on_failure_of(self, own: str) -> OnFailure:
+        """A request's own policy, or the default. Raises InvalidArgument for one that there is not."""
+        if not own:
+            return self.failures.on_failure
+        for known in get_args(OnFailure):
+            if own == known:
+                return cast(OnFailure, known)
+        raise InvalidArgument("on_failure", own, f"one of {', '.join(get_args(OnFailure))}")
 
     def objectives_of(self, own: Objectives, slo_class: str) -> Objectives:
         """A request's own objectives, then its class's, then the default. Raises InvalidArgument for a class that

@@ -26,6 +26,7 @@ from cluster.served_model import describe
 from decode_worker.grpc_transport import GrpcDecodeTransport
 from engine.model_source import ModelFiles
 from engine.tokenizer import load as load_tokenizer
+from kvtransfer.rpc_channel import Channels, KeepAlive
 from kvtransfer.rpc_server import RpcServer, start_server
 
 READY_POLL_S = 0.1
@@ -57,7 +58,8 @@ async def running_gateway(
     prefill_cost, decode_cost = role_cost(config, files, "prefill"), role_cost(config, files, "decode")
     limits = config.gateway
     registry = Registry(limits.fresh_s, limits.expire_s)
-    transport = GrpcDecodeTransport()
+    keepalive = KeepAlive.within(config.cluster.lease_s)
+    transport = GrpcDecodeTransport(Channels(keepalive=keepalive))
     links = DecodeLinks(transport)
     controller = make_controller(config, prefill_cost, decode_cost, fleet)
     costs = RoleCosts(prefill_cost, decode_cost)
@@ -67,7 +69,8 @@ async def running_gateway(
         registry_service(gateway.heartbeat),
     ]
     try:
-        server = await start_server(f"{host}:{config.cluster.grpc_port}", services, ready=False)
+        address = f"{host}:{config.cluster.grpc_port}"
+        server = await start_server(address, services, ready=False, keepalive=keepalive)
         tasks = [asyncio.create_task(_watch_readiness(server, registry))]
         if controller is not None:
             tasks.append(asyncio.create_task(controller.run(sight_of(gateway, registry)), name="controller"))

@@ -27,6 +27,7 @@ def request_from_proto(
         deadline_s=deadline_s,
         objectives=_objectives_from_proto(message.objectives),
         slo_class=message.slo_class,
+        on_failure=message.on_failure,
     )
 
 
@@ -95,6 +96,7 @@ def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
             cost_error_p90=worker.cost_error_p90,
             prefill_scale=worker.prefill_scale,
             decode_scale=worker.decode_scale,
+            kv_faults=worker.kv_faults,
         )
         for worker in status.workers
     ]

@@ -4,7 +4,7 @@
     start  one placement group with a bundle per rank ─▶ one actor per bundle ─▶ `run`, watched
     add    the bundles of one that was removed, else a placement group of its own ─▶ as above
     remove leave ─▶ drained ─▶ kill
-    died   Ray starts the actor again (at most `max_restarts` times); `run` is called anew, on all ranks of the worker
+    died   Ray starts the actor again (at most `max_restarts` times in a row); `run` is called anew, on all its ranks
     close  stop ─▶ kill ─▶ give the bundles back ─▶ leave Ray, which ends a Ray of our own
 
 All calls of Ray are made in one thread that lives as long as Ray does. Ray asks the kernel to kill its servers when the
@@ -33,6 +33,7 @@ from cluster.fleet import Log
 from cluster.ray_address import check_reachable
 from cluster.ray_thread import RayThread
 from cluster.registry import Role
+from cluster.restarts import Restarts
 from cluster.worker_config import most_ranks, ranks_of, worker_config
 from cluster.worker_spec import WorkerNames, WorkerSpec, worker_names
 from engine.errors import ConfigError, NotFound, TandemError, Unavailable
@@ -245,7 +246,8 @@ class RayFleet:
                 num_cpus=seat.bundle.get("CPU", 0),
                 num_gpus=seat.bundle.get("GPU", 0),
                 scheduling_strategy=place,
-                max_restarts=self._config.cluster.max_restarts,
+                # As often as it takes: `_keep_running` counts.
+                max_restarts=-1,
                 max_concurrency=2,
                 runtime_env={"env_vars": worker_variables(self._config.engine.threads)},
             )
@@ -268,23 +270,26 @@ class RayFleet:
     # ── supervision ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _keep_running(self, hand: _Hand) -> None:
-        """Keeps one worker running for as long as Ray brings its actor back."""
-        worker_id = hand.worker_id
+        """Keeps one worker running until it has died too often. Ray starts its actors again whenever they die."""
+        worker_id, clock = hand.worker_id, asyncio.get_running_loop().time
+        restarts = Restarts(self._config.cluster.max_restarts, clock())
         while True:
             try:
                 problem = await self._run_once(hand.leader, hand.followers)
             except ray.exceptions.RayTaskError as error:
-                self._log(f"worker {worker_id} crashed: {error.cause}")
+                what, may_start = f"crashed: {error.cause}", restarts.died(clock())
             except ray.exceptions.ActorUnavailableError:
-                self._log(f"worker {worker_id} died; Ray starts it again")
+                what, may_start = "died", restarts.died(clock())
             except ray.exceptions.RayError as error:
-                # Also a first death is told in this way when Ray will not restart the actor.
-                self._log(f"worker {worker_id} died too often; giving it up")
-                await self._fail(hand, Unavailable(f"worker {worker_id} died: {_first_line(error)}"))
-                return
+                what, may_start = f"is gone: {_first_line(error)}", False
             else:
                 if problem:
                     await self._fail(hand, ConfigError(f"worker {worker_id}: {problem}"))
+                return
+            self._log(f"worker {worker_id} {what}; {restarts.then(may_start)}")
+            if not may_start:
+                await self._ray.call(self._kill, hand)
+                await self._fail(hand, Unavailable(f"worker {worker_id} died too often: it {what}"))
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
 
@@ -330,10 +335,9 @@ class RayFleet:
         while True:
             try:
                 await self._ray.future(follower.wait.remote)
+                return
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(RESTART_PAUSE_S)
-            else:
-                return
 
 
 def _resources() -> dict[str, float]:
@@ -343,5 +347,4 @@ def _resources() -> dict[str, float]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

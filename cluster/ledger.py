@@ -3,11 +3,13 @@
 routed ──────── first token ──────── ended
 prompt queued   row decodes          nothing
 
-Every step is told to the view, which keeps each worker's sums, and to the policy, which learns how far it was off.
+Every step is told to the view, which keeps each worker's sums, to the policy, which learns how far it was off, and to
+the breakers, which learn who can be trusted again.
 """
 
 from __future__ import annotations
 
+from cluster.breakers import Breakers
 from cluster.routing.booking import Booking
 from cluster.routing.query import Route, RouteQuery, Router
 from cluster.routing.view import ClusterView
@@ -16,9 +18,10 @@ from cluster.routing.view import ClusterView
 class Ledger:
     """Bookings, each at most as long as its request runs."""
 
-    def __init__(self, view: ClusterView, router: Router) -> None:
+    def __init__(self, view: ClusterView, router: Router, breakers: Breakers) -> None:
         self._view = view
         self._router = router
+        self._breakers = breakers
         self._bookings: set[Booking] = set()
 
     def book(self, query: RouteQuery, route: Route, now: float) -> Booking:
@@ -26,17 +29,21 @@ class Ledger:
         booking = Booking(query, route, now)
         self._bookings.add(booking)
         self._view.book(booking, now)
+        self._breakers.booked(booking)
         return booking
 
     def first_token(self, booking: Booking, now: float) -> None:
         """Its first token is here: nothing of its prompt is queued any more."""
         self._view.first_token(booking, now)
         self._router.learn_ttft(booking, now)
+        self._breakers.succeeded(booking)
 
     def drew(self, booking: Booking, tokens: int, now: float) -> None:
-        """Each of its answers has this many tokens now."""
-        self._view.answers.drew((tokens - booking.drawn) * booking.query.rows)
-        booking.drawn, booking.drawn_s = tokens, now
+        """So many more tokens of its answers have come."""
+        booking.tokens_drawn += tokens
+        drawn = booking.tokens_drawn // booking.query.rows
+        self._view.answers.drew((drawn - booking.drawn) * booking.query.rows)
+        booking.drawn, booking.drawn_s = drawn, now
 
     def finished(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
         """It was answered whole."""
@@ -44,8 +51,12 @@ class Ledger:
         self._router.learn_tpot(booking, tpot_s, answer_tokens)
 
     def end(self, booking: Booking, now: float) -> None:
+        """It holds nothing any more. May be called again."""
+        if booking not in self._bookings:
+            return
         self._bookings.remove(booking)
         self._view.end(booking, now)
+        self._breakers.ended(booking)
 
     def on_its_way(self, worker_id: str) -> int:
         """Requests that were sent to a worker and still have something to do there, as far as a gateway can see: a

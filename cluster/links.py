@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -26,24 +26,27 @@ class DecodeLinks:
         self._transport = transport
         self._links: dict[str, _Link] = {}
         self._submit_count = 0
-        self._closed = False
+        self.is_closed = False
 
     @asynccontextmanager
-    async def submit(self, address: str, submit: Submit) -> AsyncIterator[Mailbox]:
-        """Starts a request and yields its events, which end with Done or Failed. Leaving the context earlier cancels
-        the request; neither entering nor leaving ever waits. Raises Unavailable after `close`.
+    async def submit(
+        self, address: str, submit: Submit, notice: Callable[[Event], None] | None = None
+    ) -> AsyncIterator[Mailbox]:
+        """Starts a request and yields its events, which end with Done or Failed; `notice` gets each when it comes,
+        however late it is read. Leaving the context earlier cancels the request; neither entering nor leaving ever
+        waits. Raises Unavailable after `close`.
 
         On the wire the request's id gets a number, so that what an earlier request of the same id left behind is not
         taken for this one's. Its events carry that id.
         """
-        if self._closed:
+        if self.is_closed:
             raise Unavailable("the gateway is shutting down")
         link = self._links.get(address)
         if link is None or link.is_broken:
             link = self._links[address] = _Link(self._transport, address)
         self._submit_count += 1
         submit = replace(submit, request_id=f"{submit.request_id}#{self._submit_count}")
-        mailbox = link.start(submit)
+        mailbox = link.start(submit, Mailbox(notice))
         try:
             yield mailbox
         finally:
@@ -51,7 +54,7 @@ class DecodeLinks:
 
     async def close(self) -> None:
         """Ends every link; requests still running get Failed(Unavailable)."""
-        self._closed = True
+        self.is_closed = True
         await asyncio.gather(*(link.close() for link in self._links.values()))
         self._links.clear()
 
@@ -64,7 +67,8 @@ class Mailbox:
     around each of its waits. `came_s`: when the event that was read last came, however late its reader took it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice: Callable[[Event], None] | None = None) -> None:
+        self._notice = notice
         self._events: deque[tuple[Event, float]] = deque()
         self.came_s = 0.0
         self._arrived = asyncio.Event()
@@ -77,6 +81,8 @@ class Mailbox:
         self.has_ended = isinstance(event, Done | Failed)
         self._events.append((event, asyncio.get_running_loop().time()))
         self._arrived.set()
+        if self._notice is not None:
+            self._notice(event)
 
     def expire(self) -> None:
         self._is_late = True
@@ -113,8 +119,8 @@ class _Link:
         self.is_broken = False
         self._task = asyncio.create_task(self._run())
 
-    def start(self, submit: Submit) -> Mailbox:
-        mailbox = self._mailboxes[submit.request_id] = Mailbox()
+    def start(self, submit: Submit, mailbox: Mailbox) -> Mailbox:
+        self._mailboxes[submit.request_id] = mailbox
         self._post(submit)
         return mailbox
 

@@ -23,7 +23,8 @@ class GenerateRequest:
     """`prompt` is text, token ids or a chat. `request_id` is unique among running requests; "" asks the gateway for
     one. `model` "" means the one that is served. `salt` separates tenants in the prefix cache. `deadline_s`: seconds
     from arrival, None for the gateway's default. `objectives` are the request's own; what they leave open is taken
-    from the gateway's class `slo_class`, then from its configuration."""
+    from the gateway's class `slo_class`, then from its configuration. `on_failure`: what becomes of it when a worker is
+    lost ("recompute", "retry", "fail"), "" for the gateway's default."""
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[Message, ...]
@@ -33,6 +34,7 @@ class GenerateRequest:
     deadline_s: float | None = None
     objectives: Objectives = NO_OBJECTIVES
     slo_class: str = ""
+    on_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class WorkerStatus:
     cost_error_p90: float = 0.0
     prefill_scale: float = 1.0
     decode_scale: float = 1.0
+    kv_faults: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Workers as plain child processes of this one, on this machine: no Ray.
 
     spawn ─▶ running ─ exit 2 ─▶ failed for good (its last line on stderr says why)
-      ▲         ├─ other exit ─▶ again, at most `max_restarts` times
+      ▲         ├─ other exit ─▶ again, at most `max_restarts` times in a row
       └─────────┘
                 └─ told to leave ─▶ drained ─▶ exit 0
 
@@ -12,6 +12,7 @@ closes, and the child with it: nothing is left behind.
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cluster.config import TandemConfig, to_json
 from cluster.environment import child_environment
 from cluster.fleet import LEAVE, Log
 from cluster.registry import Role
+from cluster.restarts import Restarts
 from cluster.worker_spec import WorkerNames, worker_names
 from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
@@ -68,6 +70,18 @@ class ProcessFleet:
         for role, worker_id in worker_names(self._config.cluster):
             self._spawn(role, worker_id)
 
+    def running(self) -> list[str]:
+        """The ids of workers whose processes run now."""
+        return [name for name, child in self._children.items() if child.process is not None]
+
+    def signal(self, worker_id: str, number: signal.Signals) -> bool:
+        """False where no process of the worker runs."""
+        child = self._children.get(worker_id)
+        if child is None or child.process is None or child.process.returncode is not None:
+            return False
+        child.process.send_signal(number)
+        return True
+
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -109,7 +123,9 @@ class ProcessFleet:
         child.task.add_done_callback(lambda _: self._children.pop(worker_id, None))
 
     async def _keep_running(self, child: _Child) -> None:
-        for restarts_left in range(self._config.cluster.max_restarts, -1, -1):
+        clock = asyncio.get_running_loop().time
+        restarts = Restarts(self._config.cluster.max_restarts, clock())
+        while True:
             code, last_line = await self._run_once(child)
             if child.is_leaving:
                 self._log(f"worker {child.worker_id} has left")
@@ -118,10 +134,12 @@ class ProcessFleet:
                 self._fail(child, ConfigError(f"worker {child.worker_id}: {last_line}"))
                 return
             what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            then = f"starting it again ({restarts_left} more)" if restarts_left else "giving it up"
-            self._log(f"worker {child.worker_id} {what}; {then}")
+            may_start = restarts.died(clock())
+            self._log(f"worker {child.worker_id} {what}; {restarts.then(may_start)}")
+            if not may_start:
+                self._fail(child, Unavailable(f"worker {child.worker_id} died too often: {last_line}"))
+                return
             await asyncio.sleep(RESTART_PAUSE_S)
-        self._fail(child, Unavailable(f"worker {child.worker_id} died too often: {last_line}"))
 
     def _fail(self, child: _Child, error: TandemError) -> None:
         if child.is_extra:

@@ -16,8 +16,10 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ from engine.kv_cache import DTYPES
 from engine.model_source import ModelFiles, Report, resolve, silent
 from engine.ranks import Member, Ranks, Rendezvous
 from kvtransfer.grpc_transport import GrpcPrefillTransport
-from kvtransfer.rpc_channel import Channels
+from kvtransfer.rpc_channel import Channels, KeepAlive
 from kvtransfer.rpc_server import RpcServer, start_server
 from kvtransfer.transport import PrefillTransport
 from prefill_worker.server import prefill_service
@@ -110,7 +112,7 @@ async def _run_engine(
         ranks = Ranks(Member(0, *config.engine.parallel, rendezvous.host), rendezvous)
     engine = await asyncio.to_thread(load_engine, _bound(spec, config), files, ranks)
     name = served_name(config.engine.model, files)
-    transport = GrpcPrefillTransport()
+    transport = GrpcPrefillTransport(Channels(keepalive=KeepAlive.within(config.cluster.lease_s)))
     try:
         worker = flexible_worker(spec, config, engine, transport)
         await serve_worker(spec, config, worker, name, incarnation, serving, leave)
@@ -127,6 +129,8 @@ def flexible_worker(
     Raises ConfigError for a `cluster.profile` that is none.
     """
     cost = predictor(config, engine)
+    # Not those that a predecessor at this address had.
+    leases = count(secrets.randbits(62))
 
     def make_prefill() -> PrefillWorker:
         return PrefillWorker(
@@ -149,6 +153,7 @@ def flexible_worker(
             prefix_cache=config.engine.prefix_cache,
             cost=cost,
             note_events=config.engine.prefix_cache,
+            leases=leases,
         )
 
     drain_limit_s = config.cluster.controller.drain_limit_s
@@ -195,7 +200,9 @@ async def serve_worker(
 ) -> None:
     """Serves a worker that is loaded, until cancelled or asked to leave; then drains it. Raises what its loop crashed
     with."""
-    server = await start_server(f"{spec.host}:{spec.port}", [prefill_service(worker), decode_service(worker)])
+    keepalive = KeepAlive.within(config.cluster.lease_s)
+    services = [prefill_service(worker), decode_service(worker)]
+    server = await start_server(f"{spec.host}:{spec.port}", services, keepalive=keepalive)
     if serving is not None:
         serving(server.address)
     reporter = Reporter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 from tandem.v1 import worker_pb2
 
-from decode_worker.stream import Cancel, Command, Delta, Done, Event, Failed, Submit, TokenFrame
+from decode_worker.stream import Cancel, ChoiceSoFar, Command, Delta, Done, Event, Failed, Submit, TokenFrame
 from engine.errors import CorruptFrame, InvalidArgument, TandemError
 from engine.request import FinishReason
 from kvtransfer.convert import (
@@ -33,6 +33,11 @@ def command_to_bytes(command: Command) -> bytes:
                 salt=command.salt,
                 ttft_due_s=command.ttft_due_s,
                 tpot_s=command.tpot_s,
+                prompt_tokens=command.prompt_tokens,
+                resumed=[
+                    worker_pb2.ChoiceSoFar(token_ids=choice.token_ids, is_finished=choice.is_finished)
+                    for choice in command.resumed
+                ],
             )
             return worker_pb2.Command(submit=submit).SerializeToString()
         case Cancel():
@@ -58,6 +63,8 @@ def command_from_bytes(raw: bytes) -> Command:
         salt=submit.salt,
         ttft_due_s=submit.ttft_due_s if submit.HasField("ttft_due_s") else None,
         tpot_s=submit.tpot_s if submit.HasField("tpot_s") else None,
+        prompt_tokens=submit.prompt_tokens,
+        resumed=tuple(ChoiceSoFar(tuple(choice.token_ids), choice.is_finished) for choice in submit.resumed),
     )
 
 

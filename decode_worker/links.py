@@ -1,11 +1,12 @@
-"""How fast KV comes from each prefill worker, as measured of the streams that this worker pulls.
+"""What a decode worker sees of its links to prefill workers: how fast KV comes by them, and what came damaged.
 
-Measured is what comes after the prompt's first token: all of the prompt is computed then, and nothing but the link
-holds the rest back. A short rest says little and is passed over.
+Speed is measured of what comes after a prompt's first token: all of the prompt is computed then, and nothing but the
+link holds the rest back. A short rest says little and is passed over.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 
 from engine.running_average import RunningAverage
@@ -14,21 +15,29 @@ MIN_BYTES = 64 << 10
 # Addresses that are remembered; those measured last stay.
 MAX_ADDRESSES = 1024
 
+_log = logging.getLogger(__name__)
 
-class LinkRates:
-    """Bytes per second by address, as running averages over streams."""
+
+class PrefillLinks:
+    """Implements decode_worker.pull.Watch. Speeds are bytes per second by address, as running averages over streams;
+    `faults` counts frames that were not taken, over all links."""
 
     def __init__(self) -> None:
         self._rates: OrderedDict[str, RunningAverage] = OrderedDict()
+        self.faults = 0
 
-    def add(self, address: str, received_bytes: int, seconds: float) -> None:
-        """`received_bytes` came from `address` in `seconds`."""
-        if received_bytes <= MIN_BYTES or seconds <= 0:
+    def moved(self, address: str, kv_bytes: int, seconds: float) -> None:
+        """`kv_bytes` came from `address` in `seconds`."""
+        if kv_bytes <= MIN_BYTES or seconds <= 0:
             return
-        self._rates.setdefault(address, RunningAverage(0.2)).add(received_bytes / seconds)
+        self._rates.setdefault(address, RunningAverage(0.2)).add(kv_bytes / seconds)
         self._rates.move_to_end(address)
         if len(self._rates) > MAX_ADDRESSES:
             self._rates.popitem(last=False)
+
+    def damaged(self, address: str, problem: str) -> None:
+        self.faults += 1
+        _log.warning("KV from prefill worker %s: %s", address, problem)
 
     def rates(self) -> tuple[tuple[str, float], ...]:
         return tuple((address, rate.value) for address, rate in self._rates.items())

@@ -9,20 +9,25 @@
     stream closed             ─ Ended ───────▶  blocks may be freed
 
 The task writes only into blocks that were granted to it, and the loop frees those only after Ended.
+
+A frame that came damaged is passed over. What is missing at the stream's end, for whatever reason, is asked for again,
+from the same worker, which mostly still has it in its prefix cache and computes it anew where it has not; after some
+rounds the pull fails.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from decode_worker.sequence import Request
 from engine.batch import KVLayout, Runner
 from engine.errors import TandemError, TransferFailed
-from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
+from kvtransfer.frames import Arrival, Begin, Damaged, End, FirstToken, KVBlocks, KVRange
 from kvtransfer.receive import KVReceiver
-from kvtransfer.transport import PrefillCall, PrefillTransport
+from kvtransfer.transport import MAX_WANTED, PrefillCall, PrefillTransport
 
 
 @dataclass(slots=True, eq=False)
@@ -63,11 +68,23 @@ class Ended:
 News = Began | First | Arrived | Ended
 
 
-# Told how much KV came from an address, and in how many seconds.
-Measure = Callable[[str, int, float], None]
+# How often a prompt's KV is asked for again where parts of it came damaged.
+REFETCHES_MAX = 3
 
 
-def call_for(request: Request, layout: KVLayout, now: float) -> PrefillCall:
+class Watch(Protocol):
+    """Is told what is seen of the links to prefill workers."""
+
+    def moved(self, address: str, kv_bytes: int, seconds: float) -> None:
+        """So much KV came in a row, in so long."""
+        ...
+
+    def damaged(self, address: str, problem: str) -> None:
+        """A frame came that is not what was sent, or came again."""
+        ...
+
+
+def call_for(request: Request, layout: KVLayout, lease: int, now: float, wanted: tuple[KVRange, ...]) -> PrefillCall:
     """What to ask the request's prefill worker for, at time `now`."""
     submit = request.submit
     due_s = submit.ttft_due_s
@@ -81,6 +98,9 @@ def call_for(request: Request, layout: KVLayout, now: float) -> PrefillCall:
         deadline_s=None if request.deadline_s is None else max(0.0, request.deadline_s - now),
         salt=submit.salt,
         ttft_due_s=None if due_s is None else request.times.arrived_s + due_s - now,
+        prompt_tokens=submit.prompt_tokens,
+        lease=lease,
+        wanted=wanted,
     )
 
 
@@ -88,70 +108,143 @@ def start(
     request: Request,
     runner: Runner,
     transport: PrefillTransport,
-    call: PrefillCall,
+    leases: Iterator[int],
     tell: Callable[[News], None],
-    measure: Measure,
+    watch: Watch,
 ) -> Pull:
-    """Opens the stream in a task of its own. `tell` gets Ended exactly once, last, however the task ends."""
+    """Opens the stream in a task of its own. Each call has one of `leases`. `tell` gets Ended exactly once, last,
+    however the task ends."""
     pull = Pull(request, asyncio.get_running_loop().create_future())
-    pull.task = asyncio.create_task(_run(pull, runner, transport, call, tell, measure))
+    intake = _Intake(pull, runner, tell, watch)
+    pull.task = asyncio.create_task(_run(intake, transport, leases))
     # A callback, not a `finally` inside: a task that is cancelled before it first runs never enters its body.
     pull.task.add_done_callback(lambda _: tell(Ended(pull)))
     return pull
 
 
-async def _run(
-    pull: Pull,
-    runner: Runner,
-    transport: PrefillTransport,
-    call: PrefillCall,
-    tell: Callable[[News], None],
-    measure: Measure,
-) -> None:
-    address = pull.request.submit.prefill_address
+async def _run(intake: _Intake, transport: PrefillTransport, leases: Iterator[int]) -> None:
+    pull, loop = intake.pull, asyncio.get_running_loop()
     try:
-        async with transport.open(address, call) as frames:
-            received_bytes, seconds = await _read(pull, runner, call, frames, tell)
-            measure(address, received_bytes, seconds)
+        for _ in range(1 + REFETCHES_MAX):
+            call = call_for(pull.request, intake.layout, next(leases), loop.time(), intake.missing())
+            async with transport.open(intake.address, call) as frames:
+                await intake.read(frames, call)
+            if intake.is_whole:
+                return
+        raise TransferFailed(f"KV came damaged {1 + REFETCHES_MAX} times: {intake.problem}")
     except TandemError as error:
         pull.error = error
 
 
-async def _read(
-    pull: Pull, runner: Runner, call: PrefillCall, frames: AsyncIterator[Frame], tell: Callable[[News], None]
-) -> tuple[int, float]:
-    """Reads the stream to its end; returns the bytes of KV that came after the first token, and in how long."""
-    loop = asyncio.get_running_loop()
-    first_token_s: float | None = None
-    received_bytes, last_kv_s = 0, 0.0
-    layout = runner.layout
-    begin = await anext(frames, None)
-    if not isinstance(begin, Begin):
-        raise TransferFailed(f"KV stream starts with {type(begin).__name__} instead of Begin")
-    receiver = KVReceiver(begin, layout, len(call.token_ids), call.have_tokens)
-    tell(Began(pull, begin))
-    block_ids = await pull.grant
-    async for frame in frames:
-        match frame:
-            case KVBlocks():
-                receiver.accept(frame)
-                first_slot = frame.first_token % layout.block_size
-                end_block = -(-frame.end_token // layout.block_size)
-                target = block_ids[frame.first_token // layout.block_size : end_block]
-                payload = memoryview(frame.payload)
-                received_bytes += payload.nbytes
-                last_kv_s = loop.time()
-                runner.import_blocks(target, first_slot, frame.layers, frame.block_tokens, payload, begin.layout.dtype)
-            case FirstToken():
-                if len(frame.sampled) != call.params.n:
-                    raise TransferFailed(f"{len(frame.sampled)} first tokens came for {call.params.n} choices")
-                tell(First(pull, frame))
-                first_token_s, received_bytes = loop.time(), 0
-            case End():
-                if not receiver.complete:
-                    raise TransferFailed("KV stream ended before all KV was there")
-                tell(Arrived(pull, frame))
-                return received_bytes, 0.0 if first_token_s is None else last_kv_s - first_token_s
-            case Begin():
-                raise TransferFailed("KV stream begins twice")
-    raise TransferFailed("KV stream stopped without End")
+class _Intake:
+    """What has come of one prompt, by one stream or, where frames were damaged, by several."""
+
+    def __init__(self, pull: Pull, runner: Runner, tell: Callable[[News], None], watch: Watch) -> None:
+        self.pull = pull
+        self.address = pull.request.submit.prefill_address
+        self.layout = runner.layout
+        self.problem = ""
+        self.is_whole = False
+        self._runner = runner
+        self._tell = tell
+        self._watch = watch
+        self._begin: Begin | None = None
+        self._receiver: KVReceiver | None = None
+        self._block_ids: Sequence[int] = ()
+        self._first_token_s: float | None = None
+        self._kv_bytes = 0
+        # Since the first token.
+        self._late_bytes, self._last_kv_s = 0, 0.0
+
+    def missing(self) -> tuple[KVRange, ...]:
+        """What to ask for; () for everything."""
+        missing = self._receiver.missing() if self._receiver is not None else ()
+        if self._receiver is not None and not missing:
+            # Only the first token is: it comes with any part.
+            return self._receiver.last_block()
+        return missing if len(missing) <= MAX_WANTED else ()
+
+    async def read(self, frames: AsyncIterator[Arrival], call: PrefillCall) -> None:
+        """Reads a stream to its end. Raises TransferFailed for one that is not what was asked for."""
+        begin = await anext(frames, None)
+        if isinstance(begin, Damaged):
+            self._note(begin.problem)
+            return
+        if not isinstance(begin, Begin):
+            raise TransferFailed(f"KV stream starts with {type(begin).__name__} instead of Begin")
+        await self._begins(begin, call)
+        end: End | None = None
+        async for frame in frames:
+            match frame:
+                case KVBlocks():
+                    self._take(frame, call)
+                case FirstToken():
+                    self._first(frame, call)
+                case Damaged(problem=problem):
+                    self._note(problem)
+                case End():
+                    end = frame
+                    break
+                case Begin():
+                    raise TransferFailed("KV stream begins twice")
+        if end is None:
+            self._note("the stream stopped without End")
+        if self._is_complete:
+            self._arrived(end)
+        elif not self.problem:
+            self._note("the stream ended before all KV was there")
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _is_complete(self) -> bool:
+        return self._receiver is not None and self._receiver.complete and self._first_token_s is not None
+
+    async def _begins(self, begin: Begin, call: PrefillCall) -> None:
+        if self._receiver is not None:
+            self._receiver.begins_again(begin)
+            return
+        self._receiver = KVReceiver(begin, self.layout, len(call.token_ids), call.have_tokens)
+        self._begin = begin
+        self._tell(Began(self.pull, begin))
+        self._block_ids = await self.pull.grant
+
+    def _take(self, frame: KVBlocks, call: PrefillCall) -> None:
+        assert self._receiver is not None, "a stream begins with Begin"
+        assert self._begin is not None, "a stream begins with Begin"
+        if not self._receiver.accept(frame):
+            # What was asked for twice may come twice.
+            if not call.wanted:
+                self._note(f"KV of tokens [{frame.first_token}, {frame.end_token}) came again")
+            return
+        size = self.layout.block_size
+        target = self._block_ids[frame.first_token // size : -(-frame.end_token // size)]
+        payload = memoryview(frame.payload)
+        self._kv_bytes += payload.nbytes
+        self._late_bytes += payload.nbytes
+        self._last_kv_s = asyncio.get_running_loop().time()
+        dtype = self._begin.layout.dtype
+        self._runner.import_blocks(target, frame.first_token % size, frame.layers, frame.block_tokens, payload, dtype)
+
+    def _first(self, frame: FirstToken, call: PrefillCall) -> None:
+        if len(frame.sampled) != call.params.n:
+            raise TransferFailed(f"{len(frame.sampled)} first tokens came for {call.params.n} choices")
+        if self._first_token_s is not None:
+            # Drawn anew for the sake of the KV beside it; one has gone out already.
+            return
+        self._tell(First(self.pull, frame))
+        self._first_token_s, self._late_bytes = asyncio.get_running_loop().time(), 0
+
+    def _arrived(self, end: End | None) -> None:
+        assert self._first_token_s is not None, "nothing is whole without a first token"
+        self.is_whole = True
+        if end is not None and not self.problem:
+            self._watch.moved(self.address, self._late_bytes, self._last_kv_s - self._first_token_s)
+        else:
+            # A stream's own totals are of that stream alone.
+            end = End(self._kv_bytes, min(end.kv_bytes_before_first_token if end else 0, self._kv_bytes))
+        self._tell(Arrived(self.pull, end))
+
+    def _note(self, problem: str) -> None:
+        self.problem = problem
+        self._watch.damaged(self.address, problem)

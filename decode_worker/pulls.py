@@ -85,7 +85,7 @@ class Pulls:
     def missing(self, request: Request) -> int:
         """Prompt tokens for which a reserving request has no blocks yet."""
         held = self._pool.block_count(request.lead.owner) * self._pool.block_size
-        return request.lead.prompt_tokens - held
+        return len(request.submit.token_ids) - held
 
     def demote(self, kept: Request) -> Request | None:
         """Takes the youngest but `kept` out, and back the prefix that it has pinned. Call while nobody receives."""

@@ -9,7 +9,7 @@ from engine.stats import LoopStats
 
 
 def loop_stats(
-    scheduler: DecodeScheduler, pipeline: Pipeline, learner: LearnedCost | None, is_draining: bool
+    scheduler: DecodeScheduler, pipeline: Pipeline, learner: LearnedCost | None, kv_faults: int, is_draining: bool
 ) -> LoopStats:
     """While a run of several steps is under way, blocks and context are those of its first step."""
     pool, own = scheduler.pool, learned(learner)
@@ -31,4 +31,5 @@ def loop_stats(
         decode_scale=own.decode_scale,
         cost_error_median=own.error_median,
         cost_error_p90=own.error_p90,
+        kv_faults=kv_faults,
     )

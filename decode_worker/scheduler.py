@@ -97,7 +97,7 @@ class DecodeScheduler:
 
     def submit(self, request: Request, now: float) -> None:
         """Raises InvalidArgument for what can never fit, Overloaded when too many are unfinished."""
-        tokens = len(request.submit.token_ids) + request.submit.params.max_tokens
+        tokens = request.submit.prompt_count + request.submit.params.max_tokens
         need = self.pool.blocks_for(min(tokens, self._max_context))
         if need > self.pool.num_blocks:
             limit = self.pool.num_blocks * self.pool.block_size
@@ -106,7 +106,9 @@ class DecodeScheduler:
             raise Overloaded(f"{len(self._requests)} requests are unfinished on this decode worker")
         request.accept(self._eos_token_ids, self._max_context)
         self._requests[request.key] = request
-        if request.submit.prefill_address:
+        if request.submit.resumed:
+            self._resume(request, now)
+        elif request.submit.prefill_address:
             self._pulls.add(request, now)
         else:
             self._compute_here(request, now)
@@ -299,6 +301,15 @@ class DecodeScheduler:
         request.move(RequestState.LOCAL)
         request.lead.move(ChoiceState.COMPUTING)
         self._local.add(request.lead, now)
+
+    def _resume(self, request: Request, now: float) -> None:
+        """As if all of its choices had been preempted: each has its own tokens to be computed."""
+        request.move(RequestState.ACTIVE)
+        request.times.first_token_s = now
+        for choice in request.choices:
+            if choice.state is ChoiceState.NEW:
+                choice.move(ChoiceState.COMPUTING)
+                self._local.add(choice, now)
 
     def _start_running(self, choice: Choice) -> None:
         self._running.add(choice)

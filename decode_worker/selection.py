@@ -98,7 +98,7 @@ def due_s(choice: Choice, ahead: int = 0) -> float:
     first_s = choice.request.times.first_token_s
     if choice.tpot_s is None or first_s is None:
         return math.inf
-    return first_s + (len(choice.token_ids) - choice.prompt_tokens + ahead) * choice.tpot_s
+    return first_s + (len(choice.token_ids) - choice.given_tokens + ahead) * choice.tpot_s
 
 
 def _is_lost(choice: Choice, due: float, alone_s: float, now: float) -> bool:

@@ -4,7 +4,8 @@ A request first needs its prompt's KV, from a prefill worker or computed here:
 
     QUEUED ──▶ PULLING ──▶ RESERVING ──▶ RECEIVING ──▶ ACTIVE      pulled
        │          └────────────┴──────────────┐
-       └───────────────────────────────────▶ LOCAL ──▶ ACTIVE      computed here, from the start or after demotion
+       ├───────────────────────────────────▶ LOCAL ──▶ ACTIVE      computed here, from the start or after demotion
+       └───────────────────────────────────────────────▶ ACTIVE      begun by another worker, several choices
 
 Then its choices live on their own, each with its own block table:
 
@@ -45,6 +46,7 @@ class ChoiceState(Enum):
 LEGAL_REQUEST_MOVES = {
     (RequestState.QUEUED, RequestState.PULLING),
     (RequestState.QUEUED, RequestState.LOCAL),
+    (RequestState.QUEUED, RequestState.ACTIVE),
     (RequestState.PULLING, RequestState.RESERVING),
     (RequestState.PULLING, RequestState.LOCAL),
     (RequestState.RESERVING, RequestState.RECEIVING),
@@ -172,8 +174,9 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One of a request's n answers. `token_ids` is prompt and output; `computed` counts those whose KV is written, as
-    long as it is COMPUTING. While it runs, `reserved` tokens have slots in `block_ids`.
+    """One of a request's n answers. `token_ids` is prompt and output, of which `given_tokens` came with the request;
+    `computed` counts those whose KV is written, as long as it is COMPUTING. While it runs, `reserved` tokens have slots
+    in `block_ids`.
 
     `max_length` tokens end it, or one of `stop_ids`; both are set when the request is accepted. `can_repeat`: nothing
     else does, and several steps may run in one go. `last_token_s`: when it got its last token.
@@ -194,17 +197,22 @@ class Choice:
     # Worked out once: they are asked for at every step.
     owner: str = field(init=False)
     prompt_tokens: int = field(init=False)
+    given_tokens: int = field(init=False)
     age: tuple[int, int] = field(init=False)
     draws: tuple[int, ...] = field(init=False)
     tpot_s: float | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.submit.token_ids)
+        submit = self.request.submit
+        so_far = submit.so_far[self.index]
+        self.token_ids = [*submit.token_ids, *so_far.token_ids]
+        self.state = ChoiceState.FINISHED if so_far.is_finished else ChoiceState.NEW
         self.owner = f"{self.request.key}/{self.index}"  # the name of its table in the block pool
-        self.prompt_tokens = len(self.token_ids)
+        self.prompt_tokens = submit.prompt_count
+        self.given_tokens = len(self.token_ids)
         self.age = (self.request.serial, self.index)  # sorts choices, the oldest first
         self.draws = (self.index,)
-        self.tpot_s = self.request.submit.tpot_s
+        self.tpot_s = submit.tpot_s
 
     @property
     def output_count(self) -> int:

@@ -12,13 +12,26 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Sampled
+from engine.errors import InvalidArgument
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceSoFar:
+    """What one choice of a request had drawn elsewhere, after its `token_ids`, and whether it needs no more."""
+
+    token_ids: tuple[int, ...] = ()
+    is_finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """Runs one request. `prefill_address` names the prefill worker to pull from; "" prefills on the decode worker.
+
+    A request that another worker has begun goes on where that one was lost: `token_ids` then end with what it drew,
+    after `prompt_tokens` of prompt (0: all are prompt). Where it has several choices, `resumed` says so for each, and
+    `token_ids` is the prompt. Its events tell of new tokens only.
 
     `deadline_s`: seconds from now, None for none. `salt` separates tenants in the prefix cache. `ttft_due_s`: seconds
     from now until the first token should be at the gateway, `tpot_s`: the longest mean time per token after it; None
@@ -34,6 +47,33 @@ class Submit:
     salt: bytes = b""
     ttft_due_s: float | None = None
     tpot_s: float | None = None
+    prompt_tokens: int = 0
+    resumed: tuple[ChoiceSoFar, ...] = ()
+
+    @property
+    def prompt_count(self) -> int:
+        """Tokens of the prompt proper."""
+        return self.prompt_tokens or len(self.token_ids)
+
+    @property
+    def so_far(self) -> tuple[ChoiceSoFar, ...]:
+        """Of every choice."""
+        return self.resumed or (ChoiceSoFar(),) * self.params.n
+
+    def check(self) -> None:
+        """Raises InvalidArgument for what makes no request."""
+        if not self.token_ids:
+            raise InvalidArgument("prompt", "no tokens", "at least one token")
+        if not 0 <= self.prompt_tokens <= len(self.token_ids):
+            raise InvalidArgument(
+                "prompt_tokens", self.prompt_tokens, f"at most {len(self.token_ids)}, the tokens given"
+            )
+        if self.resumed and len(self.resumed) != self.params.n:
+            raise InvalidArgument("resumed", len(self.resumed), f"{self.params.n} choices, or none")
+        going_on = [choice for choice in self.so_far if not choice.is_finished]
+        drawn = len(self.token_ids) - self.prompt_count + max((len(each.token_ids) for each in going_on), default=0)
+        if not going_on or drawn >= self.params.max_tokens:
+            raise InvalidArgument("resumed", f"{drawn} tokens", "an answer that has tokens to come")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ The attached stream's generator is the lease on all of its requests: however it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import count
 
 from decode_worker import pull as pulling
 from decode_worker.commands import read_commands
 from decode_worker.config import DecodeConfig
 from decode_worker.flight import DecodeBatch
-from decode_worker.link_rates import LinkRates
+from decode_worker.links import PrefillLinks
 from decode_worker.live import Live
 from decode_worker.messages import Detach, Drain, Expire, FromGateway, Message
 from decode_worker.pipeline import Pipeline
@@ -45,7 +46,8 @@ from kvtransfer.transport import PrefillTransport
 
 
 class DecodeWorker:
-    """Continuous batching over pulled and local prompts. Implements decode_worker.stream.DecodeService."""
+    """Continuous batching over pulled and local prompts. Implements decode_worker.stream.DecodeService. Each KV stream
+    gets one of `leases`, numbers that no other stream of this worker had."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class DecodeWorker:
         prefix_cache: bool = True,
         cost: StepCost | None = None,
         note_events: bool = False,
+        leases: Iterator[int] | None = None,
     ) -> None:
         self.worker_id = worker_id
         self._runner = runner
@@ -76,7 +79,8 @@ class DecodeWorker:
         is_ahead = config.schedule_ahead is True
         self._pipeline = Pipeline(runner, is_ahead)
         self._may_repeat = config.max_steps > 1 and not is_ahead and isinstance(runner, MultiStepRunner)
-        self._links = LinkRates()
+        self._links = PrefillLinks()
+        self._leases = count() if leases is None else leases
         self._is_draining = False
 
     async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
@@ -122,7 +126,7 @@ class DecodeWorker:
         return not (self._live or self._open or self._inbox) and self._pipeline.is_empty
 
     def stats(self) -> LoopStats:
-        return loop_stats(self._scheduler, self._pipeline, self._learner, self._is_draining)
+        return loop_stats(self._scheduler, self._pipeline, self._learner, self._links.faults, self._is_draining)
 
     def kv_events(self) -> KVEventBatch | None:
         """Changes of the prefix cache since the last call; None without any, or without `note_events`."""
@@ -236,8 +240,7 @@ class DecodeWorker:
                 raise self._handed_back()
             if submit.request_id in session.requests:
                 raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
-            if not submit.token_ids:
-                raise InvalidArgument("prompt", "no tokens", "at least one token")
+            submit.check()
             self._settle()
             self._scheduler.submit(request, now)
         except TandemError as error:
@@ -272,10 +275,8 @@ class DecodeWorker:
     # ── pulls ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _open_pulls(self) -> None:
-        now = asyncio.get_running_loop().time()
         for request in self._scheduler.start_pulls():
-            call = pulling.call_for(request, self._runner.layout, now)
-            pull = pulling.start(request, self._runner, self._transport, call, self._inbox.put, self._links.add)
+            pull = pulling.start(request, self._runner, self._transport, self._leases, self._inbox.put, self._links)
             self._live[request.key].pull = pull
             self._open.add(pull)
 
@@ -305,6 +306,7 @@ class DecodeWorker:
         if live.pull is pull:
             live.pull = None
             if pull.error is not None:
+                pull.error.is_of_prefill = True
                 self._fail(live, pull.error)
 
     # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,10 @@ from __future__ import annotations
 
 
 class TandemError(Exception):
-    """Base of the tree. `str(error)` is one line, fit for a user."""
+    """Base of the tree. `str(error)` is one line, fit for a user. `is_of_prefill`: a prompt's KV did not come to a
+    decode worker, which itself stands."""
+
+    is_of_prefill = False
 
 
 class InvalidArgument(TandemError):

@@ -25,6 +25,8 @@ class Receipt:
     decode_queue     all KV there → first decode step that includes the sequence starts
     decode           that start → last token
 
+    Where attempts failed, these are of the last one, and `retry` is what the others took: from the first hand-over to a
+    decode worker to the last.
     `predicted_*`: what the router expected when it chose, 0 where it expected nothing.
     """
 
@@ -44,6 +46,7 @@ class Receipt:
     decode_worker: str = ""
     predicted_ttft_s: float = 0.0
     predicted_tpot_s: float = 0.0
+    retry_s: float = 0.0
 
     @property
     def early_share(self) -> float:

@@ -15,6 +15,7 @@ class LoopStats:
     hold a reusable prefix. `prefill_scale` and `decode_scale`: how many times longer than its profile says this worker
     takes, as refitted from its own steps; `cost_error_*`: median and 90th percentile of |predicted − actual| / actual
     over its last steps (0.0 before the first). `local_only`: takes prompts that are computed here, and no others.
+    `kv_faults`: KV frames that came damaged, or again, since its start.
     """
 
     running: int
@@ -35,3 +36,4 @@ class LoopStats:
     cost_error_median: float = 0.0
     cost_error_p90: float = 0.0
     local_only: bool = False
+    kv_faults: int = 0

@@ -9,7 +9,8 @@ One stream carries one request's prefill, in this order:
     End                totals; nothing follows
 
 On the wire a frame is  magic "TKV1" | header size, u32 | checksum, u64 | header, msgpack | payload, raw  (little
-endian). The checksum is xxh3-64 over header and payload, so a flipped bit anywhere is seen.
+endian). The checksum is xxh3-64 over header and payload, so a flipped bit anywhere is seen. Each header also names the
+lease that its stream was opened with: a frame of another stream is not taken, wherever it comes from.
 """
 
 from __future__ import annotations
@@ -83,17 +84,40 @@ class End:
 Frame = Begin | KVBlocks | FirstToken | End
 
 
-def encode(frame: Frame) -> list[bytes | memoryview]:
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """Stands where a frame came that is not what was sent. What it held is unknown; the stream goes on."""
+
+    problem: str
+
+
+# What the receiving end of a stream sees.
+Arrival = Frame | Damaged
+
+
+@dataclass(frozen=True, slots=True)
+class KVRange:
+    """Part of a prompt's KV: tokens [first_token, end_token) in layers [first_layer, end_layer)."""
+
+    first_token: int
+    end_token: int
+    first_layer: int
+    end_layer: int
+
+
+def encode(frame: Frame, lease: int = 0) -> list[bytes | memoryview]:
     """The frame's wire bytes as pieces to be joined once, so that a payload is copied no more than it must be."""
     header, payload = _to_header(frame)
+    header["lease"] = lease
     packed = msgpack.packb(header)
     checksum = xxhash.xxh3_64(packed)
     checksum.update(payload)
     return [PREFIX.pack(MAGIC, len(packed), checksum.intdigest()), packed, payload]
 
 
-def decode(wire: bytes | memoryview) -> Frame:
-    """Raises CorruptFrame on anything that `encode` did not write. A KVBlocks payload is a view into `wire`."""
+def decode(wire: bytes | memoryview, lease: int = 0) -> Frame:
+    """Raises CorruptFrame on anything that `encode` did not write for this lease. A KVBlocks payload is a view into
+    `wire`."""
     view = memoryview(wire)
     if len(view) < PREFIX.size:
         raise CorruptFrame(f"KV frame of {len(view)} bytes is shorter than its prefix of {PREFIX.size}")
@@ -107,8 +131,10 @@ def decode(wire: bytes | memoryview) -> Frame:
         raise CorruptFrame("KV frame checksum mismatch")
     try:
         header = msgpack.unpackb(body[:header_bytes], strict_map_key=True)
+        if (theirs := header.pop("lease")) != lease:
+            raise CorruptFrame(f"KV frame of lease {theirs} in the stream of lease {lease}")
         return _from_header(header, body[header_bytes:])
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         raise CorruptFrame(f"KV frame header cannot be read: {error!r}") from error
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
 from typing import TypeAlias
 
 import grpc.aio
@@ -21,7 +23,7 @@ from tandem.v1 import prefill_pb2
 from engine.errors import CorruptFrame
 from kvtransfer import frames
 from kvtransfer.convert import layout_to_proto, params_to_proto
-from kvtransfer.frames import Frame
+from kvtransfer.frames import Arrival, Damaged, Frame
 from kvtransfer.rpc import MessageReader
 from kvtransfer.rpc_channel import Channels
 from kvtransfer.transport import PrefillCall
@@ -38,14 +40,14 @@ class GrpcPrefillTransport:
         self._channels = channels if channels is not None else Channels()
 
     @asynccontextmanager
-    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Frame]]:
+    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Arrival]]:
         """Starts the call and yields its frames; leaving the context cancels it."""
         prefill: Prefill = self._channels.get(address).unary_stream(
             METHOD, request_serializer=prefill_pb2.PrefillRequest.SerializeToString
         )
         rpc = prefill(call_to_proto(call), timeout=call.deadline_s)
         try:
-            yield MessageReader(rpc, frame_from_message)
+            yield MessageReader(rpc, partial(_arrival, call.lease))
         finally:
             rpc.cancel()
 
@@ -54,13 +56,13 @@ class GrpcPrefillTransport:
         await self._channels.close()
 
 
-def frame_to_message(frame: Frame) -> bytes:
+def frame_to_message(frame: Frame, lease: int = 0) -> bytes:
     """The bytes of a KVFrame message, in one copy of the payload."""
-    pieces = frames.encode(frame)
+    pieces = frames.encode(frame, lease)
     return b"".join((_length_prefix(sum(len(piece) for piece in pieces)), *pieces))
 
 
-def frame_from_message(message: bytes) -> Frame:
+def frame_from_message(message: bytes, lease: int = 0) -> Frame:
     """Raises CorruptFrame. A payload in the result is a view into `message`: nothing is copied."""
     size, start, shift = 0, 1, 0
     if not message or message[0] != _TAG:
@@ -75,7 +77,7 @@ def frame_from_message(message: bytes) -> Frame:
             break
     if size != len(message) - start:
         raise CorruptFrame(f"KV message claims a frame of {size} bytes and holds {len(message) - start}")
-    return frames.decode(memoryview(message)[start:])
+    return frames.decode(memoryview(message)[start:], lease)
 
 
 def call_to_proto(call: PrefillCall) -> prefill_pb2.PrefillRequest:
@@ -89,7 +91,17 @@ def call_to_proto(call: PrefillCall) -> prefill_pb2.PrefillRequest:
         layout=layout_to_proto(call.layout),
         salt=call.salt,
         ttft_due_s=call.ttft_due_s,
+        prompt_tokens=call.prompt_tokens,
+        lease=call.lease,
+        wanted=[prefill_pb2.KVRange(**asdict(part)) for part in call.wanted],
     )
+
+
+def _arrival(lease: int, message: bytes) -> Arrival:
+    try:
+        return frame_from_message(message, lease)
+    except CorruptFrame as error:
+        return Damaged(str(error))
 
 
 def _length_prefix(size: int) -> bytes:

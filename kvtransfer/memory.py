@@ -15,8 +15,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
-from engine.errors import DeadlineExceeded, TandemError, Unavailable
-from kvtransfer.frames import Frame, KVBlocks, decode, encode
+from engine.errors import CorruptFrame, DeadlineExceeded, TandemError, Unavailable
+from kvtransfer.frames import Arrival, Damaged, Frame, KVBlocks, decode, encode
 from kvtransfer.transport import PrefillCall, PrefillService
 
 Item = TypeVar("Item")
@@ -270,7 +270,7 @@ class MemoryPrefillTransport:
         self._open: dict[MemoryStream[Frame], None] = {}
 
     @asynccontextmanager
-    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Frame]]:
+    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Arrival]]:
         """See PrefillTransport.open. Errors, a missing peer included, come with the first frame asked for."""
         loop = asyncio.get_running_loop()
         deadline = None if call.deadline_s is None else loop.time() + call.deadline_s
@@ -285,7 +285,7 @@ class MemoryPrefillTransport:
             if self._fault is None:
                 yield stream
             else:
-                async with aclosing(self._faulty(address, stream, self._fault)) as frames:
+                async with aclosing(self._faulty(address, stream, self._fault, call.lease)) as frames:
                     yield frames
         finally:
             del self._open[stream]
@@ -296,10 +296,16 @@ class MemoryPrefillTransport:
             stream.break_off(Unavailable("the transport was closed"))
 
     @staticmethod
-    async def _faulty(address: str, stream: AsyncIterator[Frame], fault: FaultHook) -> AsyncGenerator[Frame, None]:
+    async def _faulty(
+        address: str, stream: AsyncIterator[Frame], fault: FaultHook, lease: int
+    ) -> AsyncGenerator[Arrival, None]:
         async for frame in stream:
-            for wire in fault(address, frame, b"".join(encode(frame))):
-                yield decode(wire)
+            for wire in fault(address, frame, b"".join(encode(frame, lease))):
+                try:
+                    arrival: Arrival = decode(wire, lease)
+                except CorruptFrame as error:
+                    arrival = Damaged(str(error))
+                yield arrival
 
 
 def _frame_bytes(frame: Frame) -> int:

@@ -1,20 +1,21 @@
-"""The receiving end of one KV stream: a pure state machine that says which frames belong, and when all is there.
+"""The receiving end of a prompt's KV: a pure state machine that says which frames belong, and what is missing.
 
     tokens   [0 ...... begin.first_token)[ ............ received or missing ............ begin.prompt_tokens)
               the receiver has these           one bit per layer and block of the sender
 
-A frame is taken in any order, but only once and only whole: whatever does not fit raises, and changes nothing.
+Frames are taken in any order, whole: whatever does not fit raises, and changes nothing. One that brings nothing new is
+not taken. What is missing after a stream's end may come by another stream that begins alike.
 """
 
 from __future__ import annotations
 
 from engine.batch import ELEMENT_BYTES, KVLayout
 from engine.errors import LayoutMismatch, TransferFailed
-from kvtransfer.frames import Begin, KVBlocks
+from kvtransfer.frames import Begin, KVBlocks, KVRange
 
 
 class KVReceiver:
-    """Checks one stream's frames against its Begin. `layout` is the receiver's own."""
+    """Checks frames against their stream's Begin. `layout` is the receiver's own."""
 
     def __init__(self, begin: Begin, layout: KVLayout, prompt_tokens: int, have_tokens: int) -> None:
         theirs = begin.layout
@@ -38,16 +39,52 @@ class KVReceiver:
         """True when every block of every layer is there."""
         return self._missing == 0
 
-    def accept(self, frame: KVBlocks) -> None:
-        """Takes a frame into account. Raises TransferFailed when it does not belong or came before."""
+    def accept(self, frame: KVBlocks) -> bool:
+        """Takes a frame into account; False where all of it was there already. Raises TransferFailed when it does not
+        belong."""
         self._check_shape(frame)
         first_block = (frame.first_token - self._begin.first_token) // self._sender.block_size
         mask = ((1 << frame.num_blocks) - 1) << first_block
-        if any(self._received[layer] & mask for layer in frame.layers):
-            raise TransferFailed(f"KV of tokens [{frame.first_token}, {frame.end_token}) came twice")
+        before = self._missing
         for layer in frame.layers:
+            self._missing -= (mask & ~self._received[layer]).bit_count()
             self._received[layer] |= mask
-        self._missing -= frame.num_blocks * frame.num_layers
+        return self._missing < before
+
+    def begins_again(self, begin: Begin) -> None:
+        """Another stream brings what is missing. Raises TransferFailed when it is not like the first."""
+        if (begin.layout, begin.first_token, begin.prompt_tokens) != (
+            self._sender,
+            self._begin.first_token,
+            self._begin.prompt_tokens,
+        ):
+            raise TransferFailed("the prefill worker has changed while KV was fetched again")
+
+    def last_block(self) -> tuple[KVRange, ...]:
+        """The sender's last block, in one layer: the least that can be asked for."""
+        tokens, size = self._begin.prompt_tokens, self._sender.block_size
+        return (KVRange((tokens - 1) // size * size, tokens, 0, 1),)
+
+    def missing(self) -> tuple[KVRange, ...]:
+        """What is not there yet, in whole blocks of the sender."""
+        size, first, layers = self._sender.block_size, self._begin.first_token, self._sender.num_layers
+        blocks = -(-(self._begin.prompt_tokens - first) // size)
+        found: list[KVRange] = []
+        layer = 0
+        while layer < layers:
+            received, first_layer = self._received[layer], layer
+            while layer < layers and self._received[layer] == received:
+                layer += 1
+            block = 0
+            while block < blocks:
+                start = block
+                while block < blocks and not received >> block & 1:
+                    block += 1
+                if start < block:
+                    end_token = min(first + block * size, self._begin.prompt_tokens)
+                    found.append(KVRange(first + start * size, end_token, first_layer, layer))
+                block += 1
+        return tuple(found)
 
     def _check_shape(self, frame: KVBlocks) -> None:
         sender, begin = self._sender, self._begin

@@ -3,8 +3,8 @@
     server: handler raises TandemError ─▶ interceptor ─▶ abort_with: status + message + trailing metadata
     client: AioRpcError ─▶ error_from_rpc ─▶ the same class with the same attributes
 
-The trailing metadata `tandem-error-bin` is a msgpack map {"class", "message", "fields"}. A peer that sends none, or one
-that cannot be read, still gives a sensible class: the status code alone decides then.
+The trailing metadata `tandem-error-bin` is a msgpack map {"class", "message", "fields"[, "of_prefill"]}. A peer that
+sends none, or one that cannot be read, still gives a sensible class: the status code alone decides then.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def error_to_bytes(error: TandemError) -> bytes:
     cls = next(cls for cls in type(error).__mro__ if cls.__name__ in _CLASSES)
     fields = {name: getattr(error, name) for name in _FIELDS.get(cls, {})}
     short = {name: _cut(value, FIELD_BYTES_MAX) if isinstance(value, str) else value for name, value in fields.items()}
-    packed: bytes = msgpack.packb(
-        {"class": cls.__name__, "message": _cut(str(error), MESSAGE_BYTES_MAX), "fields": short}
-    )
+    content: dict[str, Any] = {"class": cls.__name__, "message": _cut(str(error), MESSAGE_BYTES_MAX), "fields": short}
+    if error.is_of_prefill:
+        content["of_prefill"] = True
+    packed: bytes = msgpack.packb(content)
     return packed
 
 
@@ -96,7 +97,9 @@ def error_from_bytes(packed: bytes) -> TandemError | None:
                 return None
     except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException):
         return None
-    return _rebuild(cls, message, given)
+    error = _rebuild(cls, message, given)
+    error.is_of_prefill = content.get("of_prefill") is True
+    return error
 
 
 def error_from_status(code: grpc.StatusCode, details: str) -> TandemError:

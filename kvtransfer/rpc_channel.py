@@ -20,8 +20,13 @@ class KeepAlive:
     The pings are answered by gRPC's own threads: a peer that is only busy or slow to read is not taken for dead.
     """
 
-    interval_s: float = 5.0
-    timeout_s: float = 10.0
+    interval_s: float = 3.0
+    timeout_s: float = 5.0
+
+    @classmethod
+    def within(cls, bound_s: float) -> KeepAlive:
+        """A dead peer is noticed within `bound_s`, and a fifth of that is left to act on it."""
+        return cls(0.3 * bound_s, 0.5 * bound_s)
 
     @property
     def bound_s(self) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from engine.batch import Runner
 from engine.errors import TandemError
-from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
+from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks, KVRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,14 @@ class _Run:
 
 
 class KVSender:
-    """One stream's outbox. The worker's loop publishes; the transport pulls `frames()`, one at a time."""
+    """One stream's outbox. The worker's loop publishes; the transport pulls `frames()`, one at a time. Of what is
+    published only what lies in `wanted` is sent, unless that is empty: ranges of whole blocks that do not overlap."""
 
-    def __init__(self, runner: Runner, max_frame_bytes: int) -> None:
+    def __init__(self, runner: Runner, max_frame_bytes: int, wanted: Sequence[KVRange] = ()) -> None:
         self._runner = runner
         self._layout = runner.layout
         self._max_frame_bytes = max_frame_bytes
+        self._wanted = wanted
         self._urgent: deque[Begin | FirstToken] = deque()
         self._runs: deque[_Run] = deque()
         self._wake = asyncio.Event()
@@ -51,9 +53,14 @@ class KVSender:
     def publish(self, block_ids: Sequence[int], first_token: int, end_token: int, layers: range) -> None:
         """Offers the KV of tokens [first_token, end_token) in `layers`. `block_ids` start with `first_token`'s block;
         `end_token` ends a block or the prompt. The blocks must stay unchanged until the stream ends."""
-        if first_token < end_token:
-            self._runs.append(_Run(tuple(block_ids), first_token, end_token, layers.start, layers.stop))
-            self._wake.set()
+        if first_token >= end_token:
+            return
+        run = _Run(tuple(block_ids), first_token, end_token, layers.start, layers.stop)
+        if self._wanted:
+            self._runs.extend(part for wanted in self._wanted if (part := self._common(run, wanted)) is not None)
+        else:
+            self._runs.append(run)
+        self._wake.set()
 
     def first_token(self, frame: FirstToken) -> None:
         """Sends the first token ahead of KV still waiting. Everything is published by now, so `End` follows the KV."""
@@ -86,6 +93,14 @@ class KVSender:
             else:
                 self._wake.clear()
                 await self._wake.wait()
+
+    def _common(self, run: _Run, wanted: KVRange) -> _Run | None:
+        first, end = max(run.first_token, wanted.first_token), min(run.end_token, wanted.end_token)
+        first_layer, end_layer = max(run.first_layer, wanted.first_layer), min(run.end_layer, wanted.end_layer)
+        if first >= end or first_layer >= end_layer:
+            return None
+        skipped = (first - run.first_token) // self._layout.block_size
+        return _Run(run.block_ids[skipped:], first, end, first_layer, end_layer)
 
     def _cut(self, run: _Run) -> Iterator[KVBlocks]:
         """Frames of at most `max_frame_bytes` (but at least one block of one layer): by layers, then by blocks."""

@@ -2,7 +2,7 @@
 
 Both transports (gRPC, in-memory) keep the same contract, held by `tests/kvtransfer/test_transport_contract.py`:
 
-- frames arrive in the order in which the server yielded them, unchanged;
+- frames arrive in the order in which the server yielded them, unchanged; one that was changed arrives as Damaged;
 - the reader pulls: a reader that stops reading stops the server's generator after a bounded number of frames;
 - leaving `open` for whatever reason (return, error, cancellation) closes the server's generator, promptly;
 - the server's TandemError arrives as the same class; a peer that is gone is Unavailable;
@@ -18,7 +18,10 @@ from typing import Protocol
 
 from engine.batch import KVLayout
 from engine.sampling import SamplingParams
-from kvtransfer.frames import Frame
+from kvtransfer.frames import Arrival, Frame, KVRange
+
+# Parts of a prompt's KV that one call may ask for.
+MAX_WANTED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,10 @@ class PrefillCall:
     `have_tokens`: the caller already holds the KV of tokens [0, have_tokens); it is never sent. A multiple of the
     caller's block size, less than the prompt's length. `deadline_s`: seconds from now, None for no deadline.
     `salt` separates tenants in the prefix cache. `ttft_due_s`: seconds from now until the first token should be there,
-    by the request's objective; it orders the queue and ends nothing.
+    by the request's objective; it orders the queue and ends nothing. `prompt_tokens` of `token_ids` are the prompt
+    proper (0: all), the rest was drawn before: the draw goes on after it. Every frame names `lease`, which no other
+    call of this caller has. `wanted`: only this KV is to be sent, in whole blocks of the server; () for all from
+    `have_tokens` on.
     """
 
     request_id: str
@@ -40,6 +46,14 @@ class PrefillCall:
     deadline_s: float | None = None
     salt: bytes = b""
     ttft_due_s: float | None = None
+    prompt_tokens: int = 0
+    lease: int = 0
+    wanted: tuple[KVRange, ...] = ()
+
+    @property
+    def prompt_count(self) -> int:
+        """Tokens of the prompt proper."""
+        return self.prompt_tokens or len(self.token_ids)
 
 
 class PrefillService(Protocol):
@@ -53,7 +67,7 @@ class PrefillService(Protocol):
 class PrefillTransport(Protocol):
     """The caller's side."""
 
-    def open(self, address: str, call: PrefillCall) -> AbstractAsyncContextManager[AsyncIterator[Frame]]:
+    def open(self, address: str, call: PrefillCall) -> AbstractAsyncContextManager[AsyncIterator[Arrival]]:
         """Starts the call and yields its frames; leaving the context cancels it."""
         ...
 

@@ -255,5 +255,8 @@ class PrefillScheduler:
         call = chunk.job.call
         sample = None
         if chunk.end == len(call.token_ids):
-            sample = SampleSpec(call.params, call.seed, 0, tuple(range(call.params.n)), call.token_ids)
+            count = call.prompt_count
+            prompt_ids, output_ids = call.token_ids[:count], call.token_ids[count:]
+            choices = tuple(range(call.params.n))
+            sample = SampleSpec(call.params, call.seed, len(output_ids), choices, prompt_ids, output_ids)
         return Row(chunk.job.key, call.token_ids[chunk.start : chunk.end], chunk.start, chunk.block_ids, sample)

@@ -11,7 +11,7 @@ import grpc.aio
 from tandem.v1 import prefill_pb2
 
 from kvtransfer.convert import layout_from_proto, params_from_proto
-from kvtransfer.frames import Frame
+from kvtransfer.frames import Frame, KVRange
 from kvtransfer.grpc_transport import frame_to_message
 from kvtransfer.rpc_server import RpcService
 from kvtransfer.transport import PrefillCall, PrefillService
@@ -28,18 +28,19 @@ def prefill_service(service: PrefillService) -> RpcService:
 
     async def prefill(
         request: prefill_pb2.PrefillRequest,
-        context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, Frame],
-    ) -> AsyncIterator[Frame]:
+        context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes],
+    ) -> AsyncIterator[bytes]:
         call = call_from_proto(request, context.time_remaining())
         stream = cast(AsyncGenerator[Frame, None], service.prefill(call))
         async with aclosing(stream) as frames:
             async for frame in frames:
-                yield frame
+                yield frame_to_message(frame, call.lease)
 
-    handler = grpc.unary_stream_rpc_method_handler(
+    handler: grpc.RpcMethodHandler[prefill_pb2.PrefillRequest, bytes] = grpc.unary_stream_rpc_method_handler(
         prefill,
         request_deserializer=prefill_pb2.PrefillRequest.FromString,
-        response_serializer=frame_to_message,
+        # They are bytes already: only the handler knows the lease.
+        response_serializer=None,
     )
     return RpcService(DESCRIPTOR, {"Prefill": handler})
 
@@ -56,4 +57,9 @@ def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | Non
         deadline_s=deadline_s,
         salt=request.salt,
         ttft_due_s=request.ttft_due_s if request.HasField("ttft_due_s") else None,
+        prompt_tokens=request.prompt_tokens,
+        lease=request.lease,
+        wanted=tuple(
+            KVRange(part.first_token, part.end_token, part.first_layer, part.end_layer) for part in request.wanted
+        ),
     )

@@ -28,7 +28,7 @@ from engine.stats import LoopStats
 from engine.step_cost import StepCost, work_of
 from kvtransfer.frames import Begin, FirstToken, Frame
 from kvtransfer.send import KVSender
-from kvtransfer.transport import PrefillCall
+from kvtransfer.transport import MAX_WANTED, PrefillCall
 from prefill_worker.config import PrefillConfig
 from prefill_worker.job import Job
 from prefill_worker.scheduler import Chunk, Finished, PrefillBatch, PrefillScheduler
@@ -84,7 +84,7 @@ class PrefillWorker:
         deadline = None if call.deadline_s is None else now + call.deadline_s
         self._stream_count += 1
         job = Job(f"{call.request_id}#{self._stream_count}", call, now, deadline)
-        sender = KVSender(self._runner, self._config.max_frame_bytes)
+        sender = KVSender(self._runner, self._config.max_frame_bytes, call.wanted)
         self._inbox.offer(_Arrive(job, sender))
         timer = None
         if deadline is not None:
@@ -158,10 +158,26 @@ class PrefillWorker:
     def _check(self, call: PrefillCall) -> None:
         if not call.token_ids:
             raise InvalidArgument("prompt", "no tokens", "at least one token")
+        if not 0 <= call.prompt_tokens <= len(call.token_ids):
+            expected = f"at most {len(call.token_ids)}, the tokens given"
+            raise InvalidArgument("prompt_tokens", call.prompt_tokens, expected)
         if not 0 <= call.have_tokens < len(call.token_ids):
             raise InvalidArgument("have_tokens", call.have_tokens, f"an integer in [0, {len(call.token_ids)})")
+        self._check_wanted(call)
         if not self._runner.layout.matches(call.layout):
             raise LayoutMismatch(f"this worker's KV is {self._runner.layout}, the caller's is {call.layout}")
+
+    def _check_wanted(self, call: PrefillCall) -> None:
+        if len(call.wanted) > MAX_WANTED:
+            raise InvalidArgument("wanted", f"{len(call.wanted)} parts", f"at most {MAX_WANTED}")
+        layout, tokens = self._runner.layout, len(call.token_ids)
+        for part in call.wanted:
+            is_inside = 0 <= part.first_token < part.end_token <= tokens
+            is_inside = is_inside and 0 <= part.first_layer < part.end_layer <= layout.num_layers
+            ends_block = part.end_token == tokens or part.end_token % layout.block_size == 0
+            if not is_inside or part.first_token % layout.block_size or not ends_block:
+                expected = f"whole blocks of {layout.block_size} tokens, of {tokens} in {layout.num_layers} layers"
+                raise InvalidArgument("wanted", part, expected)
 
     def _handle(self, message: _Arrive | _Depart) -> None:
         match message:

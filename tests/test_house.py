@@ -52,7 +52,7 @@ PURE_FILES = (
     "engine/learned_cost.py",
     "engine/multi_step.py",
     "engine/urgency.py",
-    "decode_worker/link_rates.py",
+    "decode_worker/links.py",
     "decode_worker/pulls.py",
     "decode_worker/repeat.py",
     "decode_worker/running.py",
@@ -63,6 +63,8 @@ PURE_FILES = (
     "cluster/outcomes.py",
     "cluster/prefix_index.py",
     "cluster/registry.py",
+    "cluster/restarts.py",
+    "cluster/retry_budget.py",
     "cluster/planning/arrivals.py",
     "cluster/planning/capacity.py",
     "cluster/planning/cost_model.py",
@@ -77,7 +79,7 @@ PURE_FILES = (
     *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}
-COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench"
+COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos"
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 

@@ -29,6 +29,9 @@ async def status(url: str, *, as_json: bool) -> None:
     )
     if response.attainment_window:
         console.print(_attainment(response))
+    for worker in response.workers:
+        if worker.kv_faults:
+            console.print(f"{worker.worker_id}: {worker.kv_faults} KV frames came damaged or again")
 
 
 def status_table(response: GetStatusResponse) -> Table:

@@ -11,13 +11,15 @@ from cluster.routing.query import Route, RouteQuery
 @dataclass(slots=True, eq=False)
 class Booking:
     """Lives as long as its request runs. `first_s` is when its first token came, None before. `delayed_s`: work of
-    those that were booked later and pass it. `drawn`: tokens of each of its answers so far, the last at `drawn_s`."""
+    those that were booked later and pass it. `tokens_drawn` so far are `drawn` of each of its answers, the last at
+    `drawn_s`."""
 
     query: RouteQuery
     route: Route
     routed_s: float
     first_s: float | None = None
     delayed_s: float = 0.0
+    tokens_drawn: int = 0
     drawn: int = 0
     drawn_s: float = 0.0
 

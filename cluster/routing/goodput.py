@@ -74,6 +74,8 @@ class GoodputRouter:
         self._learn_promise(booking.query, now)
 
     def learn_tpot(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
+        if booking.query.is_resumed:
+            return
         if booking.route.predicted_tpot_s > 0 and answer_tokens >= LEAST_ANSWER:
             self.calibration.tpot.add(booking.route.predicted_tpot_s, tpot_s)
 
@@ -81,6 +83,8 @@ class GoodputRouter:
 
     def _decide(self, best: Prospect, forecast: Forecast, view: ClusterView, now: float) -> Answer:
         query, config = forecast.query, self._config
+        if query.is_resumed:
+            return best.route(query, now)
         # A worker that has the prefix is waited for in its own queue: kept back is only what nobody could start.
         is_extra = best.kind == "local" and not best.decode.report.stats.local_only and bool(view.prefill_order)
         queue_s = min(view.shortest_queue_s(now), best.prompt.queue_s)

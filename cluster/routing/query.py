@@ -22,7 +22,8 @@ class RouteQuery:
     `total_tokens` is the most that prompt and one answer can hold together, `rows` how many answers are asked for.
     `names` are the prompt's block names, None where prefixes do not matter. With `was_deferred` the router has already
     said that it will be placed, and only goes back on that within the first moment. `promised_s`: how long
-    after its arrival its first token was expected then; 0.0 where nothing was said.
+    after its arrival its first token was expected then; 0.0 where nothing was said. `is_resumed`: its client reads
+    already, what was drawn so far is part of `prompt_tokens`; it is never refused or put off.
     """
 
     prompt_tokens: int
@@ -33,6 +34,7 @@ class RouteQuery:
     names: BlockNames | None = None
     was_deferred: bool = False
     promised_s: float = 0.0
+    is_resumed: bool = False
 
     @property
     def due_s(self) -> float:

@@ -62,6 +62,7 @@ class ClusterView:
         # When each was heard of, the longest ago first: those that are fresh, and those that were silent for longer.
         self._heard: OrderedDict[str, float] = OrderedDict()
         self._silent: OrderedDict[str, float] = OrderedDict()
+        self._shunned: set[str] = set()
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -90,7 +91,7 @@ class ClusterView:
             decode.heard(report)
             decode.backlog.report(stats.queued_tokens, self.costs.queued_s(stats), now)
         self._count(worker_id, 1)
-        self._place(worker_id, eligible=not stats.draining)
+        self._place(worker_id, eligible=not stats.draining and worker_id not in self._shunned)
         self.expire(now)
         return report.kv_events is None or self.prefix_index.apply(worker_id, report.kv_events)
 
@@ -98,6 +99,17 @@ class ClusterView:
         """It takes nothing new, or is about to: nothing more is sent there until it says otherwise."""
         if worker_id in self.prefills or worker_id in self.decodes:
             self._place(worker_id, eligible=False)
+
+    def shun(self, worker_id: str) -> None:
+        """Nothing more is sent there until `readmit`, whatever it reports."""
+        self._shunned.add(worker_id)
+        self.drains(worker_id)
+
+    def readmit(self, worker_id: str) -> None:
+        self._shunned.discard(worker_id)
+        load = self._load(worker_id)
+        if load is not None and worker_id in self._heard:
+            self._place(worker_id, eligible=not load.report.stats.draining)
 
     def remove(self, worker_id: str) -> None:
         """Forgets a worker."""
@@ -169,6 +181,17 @@ class ClusterView:
     def computing_count(self) -> int:
         """Workers that prompts are sent to."""
         return len(self.prefill_order) + len(self.colocated_order) or len(self.local_order)
+
+    def incarnation(self, worker_id: str) -> int | None:
+        """Of the worker as it was last heard of; None where it is not known."""
+        load = self._load(worker_id)
+        return None if load is None else load.report.incarnation
+
+    def is_alone(self, worker_id: str) -> bool:
+        """Whether no other worker can be given what this one is given."""
+        if self._load(worker_id) is None:
+            return False
+        return all(len(order) == int(worker_id in order) for order, _ in self._orders(worker_id))
 
     def on_its_way(self, worker_id: str) -> int:
         """Requests of this gateway's that the worker has to compute or decode."""

@@ -113,13 +113,15 @@ class Client:
         ttft_ms: float | None = None,
         tpot_ms: float | None = None,
         slo_class: str = "",
+        on_failure: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[GenerateChunk | GenerateComplete, None]:
         """Runs one request: chunks as tokens come, then one GenerateComplete. Closing the generator early
         (`contextlib.aclosing`) cancels the request and frees all that it holds. `ttft_ms` and `tpot_ms` are what the
         request is to achieve: where they cannot be met, it may be refused with RESOURCE_EXHAUSTED. `slo_class` names
-        objectives of the gateway's configuration instead."""
+        objectives of the gateway's configuration instead. `on_failure`: what becomes of it when a worker is lost
+        ("recompute", "retry", "fail"; empty for the gateway's default)."""
         method = self._channel.unary_stream(
             "/tandem.v1.Inference/Generate",
             request_serializer=GenerateRequest.SerializeToString,
@@ -131,6 +133,7 @@ class Client:
             cache_salt=cache_salt,
             objectives=Objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms),
             slo_class=slo_class,
+            on_failure=on_failure,
             sampling_params=SamplingParams(**sampling),
             text=prompt if isinstance(prompt, str) else None,
             token_ids=_token_ids(prompt),
@@ -153,6 +156,7 @@ class Client:
         ttft_ms: float | None = None,
         tpot_ms: float | None = None,
         slo_class: str = "",
+        on_failure: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> GenerateComplete:
@@ -166,6 +170,7 @@ class Client:
             ttft_ms=ttft_ms,
             tpot_ms=tpot_ms,
             slo_class=slo_class,
+            on_failure=on_failure,
             timeout_s=timeout_s,
             **sampling,
         )

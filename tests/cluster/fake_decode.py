@@ -112,19 +112,26 @@ class _FakeSession:
     async def _run(self, submit: Submit) -> None:
         self._fake.running.add(submit.request_id)
         try:
-            for position, token_id in enumerate(self._fake.answer[: submit.params.max_tokens]):
+            given = len(submit.token_ids) - submit.prompt_count
+            drawn = [given + len(choice.token_ids) for choice in submit.so_far]
+            going_on = [choice for choice, so_far in enumerate(submit.so_far) if not so_far.is_finished]
+            while going_on and max(drawn[choice] for choice in going_on) < len(self._fake.answer):
                 await asyncio.sleep(STEP_S)
-                is_eos = token_id == self._fake.eos
-                is_last = position + 1 == submit.params.max_tokens
-                reason = FinishReason.STOP if is_eos else FinishReason.LENGTH if is_last else None
-                events = [
-                    Delta(submit.request_id, choice, (Sampled(token_id),), reason, token_id if is_eos else None)
-                    for choice in range(submit.params.n)
-                ]
-                done = [Done(submit.request_id, CACHED_TOKENS, WORKER_RECEIPT)] if reason else []
-                self.outgoing.put_nowait(TokenFrame(position, (*events, *done)))
-                if reason:
-                    return
-            await asyncio.Event().wait()
+                events: list[Event] = []
+                for choice in list(going_on):
+                    token_id = self._fake.answer[drawn[choice]]
+                    drawn[choice] += 1
+                    is_eos = token_id == self._fake.eos
+                    is_last = drawn[choice] == submit.params.max_tokens
+                    reason = FinishReason.STOP if is_eos else FinishReason.LENGTH if is_last else None
+                    matched = token_id if is_eos else None
+                    events.append(Delta(submit.request_id, choice, (Sampled(token_id),), reason, matched))
+                    if reason:
+                        going_on.remove(choice)
+                if not going_on:
+                    events.append(Done(submit.request_id, CACHED_TOKENS, WORKER_RECEIPT))
+                self.outgoing.put_nowait(TokenFrame(max(drawn), tuple(events)))
+            if going_on:
+                await asyncio.Event().wait()
         finally:
             self._fake.running.discard(submit.request_id)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from cluster.breakers import Breakers
 from cluster.dispatcher import BATCH, Dispatcher
 from cluster.ledger import Ledger
 from cluster.routing.booking import Booking
@@ -44,7 +45,7 @@ class Scripted:
 
 def dispatcher_of(router: Scripted) -> tuple[Dispatcher, Ledger]:
     view = Bench().view
-    ledger = Ledger(view, router)
+    ledger = Ledger(view, router, Breakers(view, random.Random(0), 0.5, 8.0, lambda: None))
     return Dispatcher(view, router, ledger, random.Random(0), WAIT_S, 0.1), ledger
 
 

@@ -251,7 +251,7 @@ async def test_every_end_counts_once_but_for_the_clients_own() -> None:
         assert (status.attainment, status.attainment_ttft, status.attainment_window) == (1 / 3, 2 / 3, 3)
     fake = FakeDecode()
     async with routing(fake, config=CONFIG) as gateway:
-        failing = start(gateway, "failing", **ask())
+        failing = start(gateway, "failing", **ask(on_failure="fail"))
         await asyncio.sleep(5 * STEP_S)
         fake.push("d:1", Failed("failing#1", TransferFailed("lost")))
         with pytest.raises(TransferFailed):

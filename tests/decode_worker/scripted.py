@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import cast
 
@@ -12,7 +12,7 @@ from decode_worker.stream import Command, Event, TokenFrame
 from decode_worker.worker import DecodeWorker
 from engine.emulated_runner import EmulatedRunner
 from engine.errors import TandemError, Unavailable
-from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
+from kvtransfer.frames import Arrival, Begin, Damaged, End, FirstToken, Frame, KVBlocks
 from kvtransfer.transport import PrefillCall
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
@@ -22,7 +22,8 @@ from tests.emulated import runner, running
 class ScriptedTransport:
     """Passes a real prefill worker's frames on, up to the first of class `hold`; then waits, fails or tampers.
 
-    `hold` None lets everything pass. `fault` is raised instead of waiting. `twice` sends each KV frame again.
+    `hold` None lets everything pass. `fault` is raised instead of waiting. `twice` sends each KV frame again. Frames
+    for which `damages` says so arrive damaged; it gets the number of the call, from 1, and the frame.
     """
 
     def __init__(self) -> None:
@@ -30,21 +31,25 @@ class ScriptedTransport:
         self.hold: type[Frame] | None = None
         self.fault: TandemError | None = None
         self.twice = False
+        self.damages: Callable[[int, Frame], bool] = lambda call, frame: False
         self.calls: list[PrefillCall] = []
 
     @asynccontextmanager
-    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Frame]]:
+    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Arrival]]:
         if address != "p":
             raise Unavailable(f"nobody at {address}")
         self.calls.append(call)
         async with aclosing(cast(AsyncGenerator[Frame, None], self.prefill.prefill(call))) as frames:
-            yield self._pass(frames)
+            yield self._pass(frames, len(self.calls))
 
     async def close(self) -> None:
         """Nothing is kept between calls."""
 
-    async def _pass(self, frames: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
+    async def _pass(self, frames: AsyncIterator[Frame], call: int) -> AsyncIterator[Arrival]:
         async for frame in frames:
+            if self.damages(call, frame):
+                yield Damaged("KV frame checksum mismatch")
+                continue
             if self.hold is not None and isinstance(frame, self.hold):
                 if self.fault is not None:
                     raise self.fault

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.planning import virtual_loop
 from decode_worker.config import DecodeConfig
-from decode_worker.link_rates import MAX_ADDRESSES, MIN_BYTES, LinkRates
+from decode_worker.links import MAX_ADDRESSES, MIN_BYTES, PrefillLinks
 from decode_worker.stream import Done, Failed
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout
@@ -237,16 +237,16 @@ def test_cache_events_are_told_once() -> None:
 
 
 def test_short_measurements_say_nothing_and_long_ones_are_averaged() -> None:
-    rates = LinkRates()
-    rates.add("p", MIN_BYTES, 1.0)
-    rates.add("p", MIN_BYTES + 1, 0.0)
+    rates = PrefillLinks()
+    rates.moved("p", MIN_BYTES, 1.0)
+    rates.moved("p", MIN_BYTES + 1, 0.0)
     assert rates.rates() == ()
-    rates.add("p", 1_000_000, 1.0)
-    rates.add("p", 2_000_000, 1.0)
-    rates.add("q", 1_000_000, 0.5)
+    rates.moved("p", 1_000_000, 1.0)
+    rates.moved("p", 2_000_000, 1.0)
+    rates.moved("q", 1_000_000, 0.5)
     assert dict(rates.rates()) == {"p": pytest.approx(1.2e6), "q": 2e6}
     for number in range(MAX_ADDRESSES):
-        rates.add(f"w{number}", 1_000_000, 1.0)
+        rates.moved(f"w{number}", 1_000_000, 1.0)
     assert len(rates.rates()) == MAX_ADDRESSES
     assert "p" not in dict(rates.rates())
 

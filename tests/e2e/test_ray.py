@@ -26,7 +26,7 @@ def test_serve_lose_a_worker_and_shut_down(tmp_path):
         assert served.stop() == 0
         assert not [command for pid, command in processes.items() if is_alive(pid)]
     log = served.log.read_text()
-    assert "worker decode-0 died; Ray starts it again" in log
+    assert "worker decode-0 died; starting it again" in log
     assert "raylet" not in log
     assert "Traceback" not in log
 

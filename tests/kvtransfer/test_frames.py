@@ -37,6 +37,15 @@ def test_every_frame_survives_the_wire(frame: Frame):
     assert read == frame
 
 
+@given(FRAMES, st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1))
+def test_a_frame_of_another_lease_is_seen(frame: Frame, lease: int, other: int):
+    wire = b"".join(encode(frame, lease))
+    assert type(decode(wire, lease)) is type(frame)
+    if lease != other:
+        with pytest.raises(CorruptFrame, match=f"KV frame of lease {lease} in the stream of lease {other}"):
+            decode(wire, other)
+
+
 @given(FRAMES, st.data())
 def test_a_flipped_bit_anywhere_is_seen(frame: Frame, data: st.DataObject):
     wire = bytearray(wire_of(frame))

@@ -1,4 +1,4 @@
-"""The receiver: each block of each layer once, whole, in any order; everything else is refused and changes nothing."""
+"""The receiver: each block of each layer, whole, in any order; what does not fit is refused and changes nothing."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.batch import KVLayout
 from engine.errors import LayoutMismatch, TransferFailed
-from kvtransfer.frames import Begin, KVBlocks
+from kvtransfer.frames import Begin, KVBlocks, KVRange
 from kvtransfer.receive import KVReceiver
 
 LAYOUT = KVLayout("m", num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4, num_blocks=10)
@@ -93,24 +93,40 @@ def test_what_does_not_fit_is_refused_in_words(bad: KVBlocks, text: str):
 
 
 @pytest.mark.parametrize("again", [frame(0), frame(4), frame(0, 2), frame(4, layers=range(1, 2))])
-def test_what_came_before_is_refused(again: KVBlocks):
+def test_what_came_before_is_not_taken(again: KVBlocks):
     state = receiver(10)
-    state.accept(frame(0, 2))
-    with pytest.raises(TransferFailed, match="came twice"):
-        state.accept(again)
-    state.accept(frame(8, 1, 2))
+    assert state.accept(frame(0, 2))
+    assert not state.accept(again)
+    assert not state.complete
+    assert state.accept(frame(8, 1, 2))
     assert state.complete
 
 
-def test_a_frame_that_overlaps_in_part_is_refused_whole():
+def test_a_frame_that_is_new_in_part_is_taken():
     state = receiver(8)
-    state.accept(frame(4, layers=range(1, 2)))
-    with pytest.raises(TransferFailed, match="came twice"):
-        state.accept(frame(0, 2))
-    for part in (frame(0), frame(4, layers=range(0, 1)), frame(4, layers=range(2, 3))):
-        assert not state.complete
-        state.accept(part)
+    assert state.accept(frame(4, layers=range(1, 2)))
+    assert state.accept(frame(0, 2))
     assert state.complete
+
+
+def test_what_is_missing_is_named_in_whole_blocks_of_the_sender():
+    state = receiver(10)
+    assert state.missing() == (KVRange(0, 10, 0, 3),)
+    state.accept(frame(4, layers=range(1, 2)))
+    assert state.missing() == (KVRange(0, 10, 0, 1), KVRange(0, 4, 1, 2), KVRange(8, 10, 1, 2), KVRange(0, 10, 2, 3))
+    state.accept(frame(0, 2))
+    assert state.missing() == (KVRange(8, 10, 0, 3),)
+    state.accept(frame(8, 1, 2))
+    assert state.missing() == ()
+    assert state.last_block() == (KVRange(8, 10, 0, 1),)
+
+
+def test_only_a_stream_like_the_first_may_bring_the_rest():
+    state = receiver(10)
+    state.begins_again(begin(10))
+    for other in (begin(10, 4), begin(9), begin(10, layout=replace(LAYOUT, block_size=8))):
+        with pytest.raises(TransferFailed, match="has changed"):
+            state.begins_again(other)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +163,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.first_token = have_tokens // sender_block * sender_block
         self.state = KVReceiver(begin(prompt_tokens, self.first_token, self.sender), own, prompt_tokens, have_tokens)
         self.missing = {(layer, token) for layer in range(layers) for token in range(self.first_token, prompt_tokens)}
+        self.expected = frozenset(self.missing)
 
     @precondition(lambda self: self.missing)
     @rule(pick=st.integers(0, 1000), wide=st.booleans(), deep=st.booleans())
@@ -183,13 +200,13 @@ class ReceiverMachine(RuleBasedStateMachine):
             block_frame.num_blocks > 0
             and block_frame.block_tokens > 0
             and bool(content)
-            and content <= self.missing
+            and content <= self.expected
             and block_frame.first_token % size == 0
             and (block_frame.block_tokens == size or (is_tail and block_frame.block_tokens < size))
             and len(block_frame.payload) == len(content) * TOKEN_BYTES
         )
         if fits:
-            self.state.accept(block_frame)
+            assert self.state.accept(block_frame) == bool(content & self.missing)
             self.missing -= content
         else:
             with pytest.raises(TransferFailed):
@@ -199,6 +216,17 @@ class ReceiverMachine(RuleBasedStateMachine):
     def complete_when_nothing_is_missing(self) -> None:
         if hasattr(self, "state"):
             assert self.state.complete == (not self.missing)
+
+    @invariant()
+    def missing_is_what_has_not_come(self) -> None:
+        if hasattr(self, "state"):
+            named = [
+                (layer, token)
+                for part in self.state.missing()
+                for layer in range(part.first_layer, part.end_layer)
+                for token in range(part.first_token, part.end_token)
+            ]
+            assert sorted(named) == sorted(self.missing)
 
 
 TestReceiver = ReceiverMachine.TestCase

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import Unavailable
-from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
+from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks, KVRange
 from kvtransfer.send import KVSender
 from tests.emulated import runner
 
@@ -57,6 +57,35 @@ def test_frames_cover_everything_once_and_keep_to_the_limit(
         sizes = [len(frame.payload) for frame in frames if isinstance(frame, KVBlocks)]
         assert max(sizes) <= max(max_frame_bytes, block_size * token_bytes)
         assert frames[-1] == End(sum(sizes), 0)
+
+    asyncio.run(main())
+
+
+@given(
+    tokens=st.integers(1, 40),
+    group=st.integers(1, 4),
+    wanted=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, unique=True),
+)
+def test_only_what_is_wanted_is_sent(tokens: int, group: int, wanted: list[tuple[int, int]]) -> None:
+    async def main() -> None:
+        size, _ = sender_shape()
+        blocks = -(-tokens // size)
+        cells = {(layer, block % blocks) for block, layer in wanted}
+        ranges = [KVRange(b * size, min(tokens, (b + 1) * size), layer, layer + 1) for layer, b in cells]
+        sender = KVSender(runner(), 64, ranges)
+        sender.begin(begin(tokens))
+        for layer in range(0, LAYERS, group):
+            sender.publish(range(blocks), 0, tokens, range(layer, min(LAYERS, layer + group)))
+        sender.first_token(FIRST)
+        sent = [
+            (layer, token)
+            for frame in await read(sender)
+            if isinstance(frame, KVBlocks)
+            for layer in frame.layers
+            for token in range(frame.first_token, frame.end_token)
+        ]
+        expected = [(layer, t) for layer, b in cells for t in range(b * size, min(tokens, (b + 1) * size))]
+        assert sorted(sent) == sorted(expected)
 
     asyncio.run(main())
 

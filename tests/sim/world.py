@@ -110,6 +110,7 @@ class WatchedRunner(EmulatedRunner):
     """Asserts at each step that nobody in it has been gone for long. Rows' names contain the requests' ids."""
 
     clients: dict[str, Client]
+    freed_within_s: float
 
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         now = asyncio.get_running_loop().time()
@@ -120,7 +121,7 @@ class WatchedRunner(EmulatedRunner):
             deadline_s = client.request.deadline_s
             gone_s = [client.ended_s] if client.ended_s is not None else []
             gone_s += [client.arrives_s + deadline_s] if deadline_s is not None else []
-            late = [now - gone for gone in gone_s if now - gone > FREED_WITHIN_S]
+            late = [now - gone for gone in gone_s if now - gone > self.freed_within_s]
             assert not late, f"{row.seq_id} is computed {max(late):.3f} s after its request was gone"
         return await super().run(batch, on_layers)
 
@@ -138,6 +139,7 @@ class World:
         self._rng = rng
         self._schedule_ahead = schedule_ahead
         self._max_steps = max_steps
+        self.freed_within_s = FREED_WITHIN_S
         self._by_id = {client.request.request_id: client for client in self.clients}
         shape = self.shape
         link = Link(shape.latency_s, shape.bandwidth_bytes_s, shape.window)
@@ -166,7 +168,8 @@ class World:
             waiting = [client.request.request_id for client in self.clients if client.ended_s is None]
             assert clients.done(), f"{waiting} have not ended after {limit_s:.0f} s"
             await clients
-            await asyncio.sleep(FREED_WITHIN_S)
+            await self._peace()
+            await asyncio.sleep(self.freed_within_s)
             self._check_empty(gateway)
         assert not self.decode_network.open_streams(), "token streams are still open"
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -186,6 +189,9 @@ class World:
             assert (stats.running, stats.waiting, stats.queued_tokens) == (0, 0, 0), f"{worker.worker_id}: {stats}"
         assert not self.prefill_network.open_streams(), "KV streams are still open"
 
+    async def _peace(self) -> None:
+        """Until nothing befalls the workers any more."""
+
     async def _serve(self, client: Client, gateway: Gateway) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(client.arrives_s - loop.time())
@@ -203,42 +209,51 @@ class World:
 
     # ── building ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _runner(self, layout: KVLayout) -> WatchedRunner:
-        runner = WatchedRunner(layout, _step_s, layer_group=2, vocab_size=VOCAB, eos_token_id=EOS, eos_rate=0.01)
+    def _runner(self, layout: KVLayout, kind: type[WatchedRunner] = WatchedRunner) -> WatchedRunner:
+        runner = kind(layout, _step_s, layer_group=2, vocab_size=VOCAB, eos_token_id=EOS, eos_rate=0.01)
         runner.clients = self._by_id
+        runner.freed_within_s = self.freed_within_s
         return runner
 
-    def _start_workers(self) -> list[asyncio.Task[None]]:
+    def _prefill(self, runner: WatchedRunner, name: str) -> PrefillWorker:
         shape = self.shape
-        prefill_config = PrefillConfig(
+        config = PrefillConfig(
             token_budget=shape.token_budget, max_batch_prompts=shape.max_batch_prompts, max_frame_bytes=4096
         )
-        decode_config = DecodeConfig(
+        return PrefillWorker(runner, config, worker_id=name, prefix_cache=shape.prefix_cache)
+
+    def _decode(self, runner: WatchedRunner, name: str) -> DecodeWorker:
+        shape = self.shape
+        config = DecodeConfig(
             max_batch=shape.max_batch,
             local_token_budget=shape.token_budget,
             max_transfers=shape.max_transfers,
             schedule_ahead=self._schedule_ahead,
             max_steps=self._max_steps,
         )
+        return DecodeWorker(
+            runner,
+            config,
+            self._kv_transport(),
+            worker_id=name,
+            eos_token_ids=frozenset({EOS}),
+            max_context=MAX_CONTEXT,
+            prefix_cache=shape.prefix_cache,
+        )
+
+    def _kv_transport(self) -> MemoryPrefillTransport:
+        return MemoryPrefillTransport(self.prefill_network)
+
+    def _start_workers(self) -> list[asyncio.Task[None]]:
+        shape = self.shape
         prefill_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.prefill_block, shape.prefill_blocks)
         decode_layout = KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", shape.decode_block, shape.decode_blocks)
         for name in ("prefill-0", "prefill-1"):
-            runner = self._runner(prefill_layout)
-            worker = PrefillWorker(runner, prefill_config, worker_id=name, prefix_cache=shape.prefix_cache)
-            self.prefills[name] = worker
-            self.prefill_network.register(name, worker)
+            self.prefills[name] = self._prefill(self._runner(prefill_layout), name)
+            self.prefill_network.register(name, self.prefills[name])
         for name in ("decode-0", "decode-1"):
-            decode = DecodeWorker(
-                self._runner(decode_layout),
-                decode_config,
-                MemoryPrefillTransport(self.prefill_network),
-                worker_id=name,
-                eos_token_ids=frozenset({EOS}),
-                max_context=MAX_CONTEXT,
-                prefix_cache=shape.prefix_cache,
-            )
-            self.decodes[name] = decode
-            self.decode_network.register(name, decode)
+            self.decodes[name] = self._decode(self._runner(decode_layout), name)
+            self.decode_network.register(name, self.decodes[name])
         workers = {**self.prefills, **self.decodes}
         return [asyncio.create_task(worker.run(), name=name) for name, worker in workers.items()]
 

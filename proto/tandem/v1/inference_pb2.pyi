@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling_params", "cache_salt", "objectives", "slo_class")
+    __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling_params", "cache_salt", "objectives", "slo_class", "on_failure")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
     SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
+    ON_FAILURE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -26,7 +27,8 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     objectives: Objectives
     slo_class: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., objectives: _Optional[_Union[Objectives, _Mapping]] = ..., slo_class: _Optional[str] = ...) -> None: ...
+    on_failure: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., objectives: _Optional[_Union[Objectives, _Mapping]] = ..., slo_class: _Optional[str] = ..., on_failure: _Optional[str] = ...) -> None: ...
 
 class Objectives(_message.Message):
     __slots__ = ("ttft_ms", "tpot_ms")
@@ -182,7 +184,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("gateway_queue_s", "prefill_queue_s", "prefill_s", "kv_exposed_s", "decode_queue_s", "decode_s", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_before_first_token", "preemptions", "retries", "prefill_worker", "decode_worker", "predicted_ttft_s", "predicted_tpot_s")
+    __slots__ = ("gateway_queue_s", "prefill_queue_s", "prefill_s", "kv_exposed_s", "decode_queue_s", "decode_s", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_before_first_token", "preemptions", "retries", "prefill_worker", "decode_worker", "predicted_ttft_s", "predicted_tpot_s", "retry_s")
     GATEWAY_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +201,7 @@ class Receipt(_message.Message):
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    RETRY_S_FIELD_NUMBER: _ClassVar[int]
     gateway_queue_s: float
     prefill_queue_s: float
     prefill_s: float
@@ -215,7 +218,8 @@ class Receipt(_message.Message):
     decode_worker: str
     predicted_ttft_s: float
     predicted_tpot_s: float
-    def __init__(self, gateway_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., kv_exposed_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_bytes_before_first_token: _Optional[int] = ..., preemptions: _Optional[int] = ..., retries: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ...) -> None: ...
+    retry_s: float
+    def __init__(self, gateway_queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., kv_exposed_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_bytes_before_first_token: _Optional[int] = ..., preemptions: _Optional[int] = ..., retries: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., retry_s: _Optional[float] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ()
@@ -298,7 +302,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale", "kv_faults")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -316,6 +320,7 @@ class WorkerStatus(_message.Message):
     COST_ERROR_P90_FIELD_NUMBER: _ClassVar[int]
     PREFILL_SCALE_FIELD_NUMBER: _ClassVar[int]
     DECODE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    KV_FAULTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -333,4 +338,5 @@ class WorkerStatus(_message.Message):
     cost_error_p90: float
     prefill_scale: float
     decode_scale: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ...) -> None: ...
+    kv_faults: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., kv_faults: _Optional[int] = ...) -> None: ...

@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s")
+    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s", "prompt_tokens", "resumed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,8 @@ class Submit(_message.Message):
     SALT_FIELD_NUMBER: _ClassVar[int]
     TTFT_DUE_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_params: _inference_pb2.SamplingParams
@@ -35,7 +37,17 @@ class Submit(_message.Message):
     salt: bytes
     ttft_due_s: float
     tpot_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
+    prompt_tokens: int
+    resumed: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., resumed: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ...) -> None: ...
+
+class ChoiceSoFar(_message.Message):
+    __slots__ = ("token_ids", "is_finished")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    is_finished: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_finished: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -94,7 +106,7 @@ class Failed(_message.Message):
     def __init__(self, status_code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events", "kv_faults")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +132,7 @@ class WorkerStats(_message.Message):
     LOCAL_ONLY_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    KV_FAULTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -145,7 +158,8 @@ class WorkerStats(_message.Message):
     local_only: bool
     links: _containers.RepeatedCompositeFieldContainer[LinkRate]
     kv_events: KVEvents
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ...) -> None: ...
+    kv_faults: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ..., kv_faults: _Optional[int] = ...) -> None: ...
 
 class LinkRate(_message.Message):
     __slots__ = ("prefill_address", "bytes_per_s")

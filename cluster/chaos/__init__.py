@@ -1,0 +1,1 @@
+"""Faults on a local cluster under load, and what its clients saw."""

@@ -1,0 +1,127 @@
+"""One request under way at the gateway: what was asked, how far it is, and what to ask workers for next.
+
+A run is handed to workers once, or again where they failed it. Each time it asks for what is still missing: tokens that
+came are never drawn again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cluster.answer import Answer
+from cluster.gateway_config import OnFailure
+from cluster.messages import Complete, GenerateRequest, Usage
+from cluster.prefix_index import BlockNames
+from cluster.routing.booking import Booking
+from cluster.routing.query import RouteQuery
+from decode_worker.stream import Done, Submit
+from engine.errors import DeadlineExceeded
+from engine.objectives import Objectives
+from engine.request import Receipt
+
+
+@dataclass(slots=True)
+class Run:
+    """`seed` is the request's own, or was drawn for it: every attempt has the same, so that its draws go on. Times are
+    of the gateway's clock; `handed_over_s` is when a worker got it first, `submitted_s` when one got it last."""
+
+    request: GenerateRequest
+    token_ids: tuple[int, ...]
+    objectives: Objectives
+    on_failure: OnFailure
+    arrived_s: float
+    deadline_s: float | None
+    answer: Answer
+    seed: int | None = None
+    handed_over_s: float = 0.0
+    submitted_s: float = 0.0
+    booking: Booking | None = None
+    handed_back: int = 0
+    retries: int = 0
+    done: Done | None = None
+
+    def __post_init__(self) -> None:
+        self.seed = self.request.params.seed
+
+    @property
+    def is_over(self) -> bool:
+        return self.done is not None or self.answer.was_cut
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether tokens of it came from a worker that was lost."""
+        return self.answer.first_s is not None
+
+    def query(self) -> RouteQuery:
+        """The question to the router."""
+        params, prompt_tokens = self.request.params, len(self.token_ids)
+        token_ids = self._tokens_so_far()
+        # Who was never put off was told nothing that could be learned from, and what was said before holds.
+        before = self.booking.query if self.booking is not None else None
+        return RouteQuery(
+            prompt_tokens=len(token_ids),
+            total_tokens=prompt_tokens + params.max_tokens,
+            rows=params.n,
+            objectives=replace(self.objectives, ttft_s=None) if self.is_resumed else self.objectives,
+            arrived_s=self.arrived_s,
+            names=BlockNames(token_ids, self.request.salt),
+            was_deferred=before is not None,
+            promised_s=before.promised_s if before is not None and not self.is_resumed else 0.0,
+            is_resumed=self.is_resumed,
+        )
+
+    def submit(self, booking: Booking, request_id: str, now: float) -> Submit:
+        """What to hand to the worker of `booking`. Raises DeadlineExceeded."""
+        assert self.seed is not None, "a seed is drawn before the first attempt"
+        self.submitted_s = now
+        if not self.retries:
+            self.handed_over_s = now
+        left_s = None if self.deadline_s is None else self.deadline_s - now
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded("routing")
+        ttft_s = None if self.is_resumed else self.objectives.ttft_s
+        token_ids = self._tokens_so_far()
+        has_many = self.is_resumed and self.request.params.n > 1
+        return Submit(
+            request_id=request_id,
+            token_ids=token_ids,
+            params=self.request.params,
+            seed=self.seed,
+            prefill_address=booking.route.prefill_address,
+            deadline_s=left_s,
+            salt=self.request.salt,
+            ttft_due_s=None if ttft_s is None else max(0.0, self.arrived_s + ttft_s - now),
+            tpot_s=self.objectives.tpot_s,
+            prompt_tokens=len(self.token_ids) if len(token_ids) > len(self.token_ids) else 0,
+            resumed=self.answer.so_far() if has_many else (),
+        )
+
+    def complete(self) -> Complete:
+        """Without `done` a stop string ended the answer here, and the worker's part of the receipt is not known."""
+        assert self.booking is not None, "somebody has answered it"
+        answer, done, route = self.answer, self.done, self.booking.route
+        receipt = replace(
+            done.receipt if done is not None else Receipt(),
+            gateway_queue_s=self.handed_over_s - self.arrived_s,
+            ttft_s=0.0 if answer.first_s is None else answer.first_s - self.arrived_s,
+            tpot_s=answer.tpot_s,
+            retries=self.retries,
+            retry_s=self.submitted_s - self.handed_over_s,
+            prefill_worker=route.prefill_id,
+            decode_worker=route.decode_id,
+            predicted_ttft_s=route.predicted_ttft_s,
+            predicted_tpot_s=route.predicted_tpot_s,
+        )
+        return Complete(answer.choices(), self._usage(), receipt)
+
+    def _usage(self) -> Usage:
+        prompt_tokens = len(self.token_ids)
+        # A worker that went on with it may have found more than the prompt in its cache.
+        cached_tokens = min(self.done.cached_tokens if self.done is not None else 0, prompt_tokens - 1)
+        return Usage(prompt_tokens, self.answer.token_count, cached_tokens)
+
+    def _tokens_so_far(self) -> tuple[int, ...]:
+        """The prompt, and what was drawn after it where there is one choice: several differ."""
+        if not self.is_resumed or self.request.params.n > 1:
+            return self.token_ids
+        return self.token_ids + self.answer.so_far()[0].token_ids

@@ -1,0 +1,285 @@
+"""The whole cluster while its workers die, come back, freeze and are cut off, all drawn from a seed.
+
+    keeper of a worker:   start ─▶ runs, reports ─ killed ─▶ gone for a while ─▶ start, next incarnation
+                                     ⟲ frozen: computes nothing, says nothing, cannot be reached
+                                     ⟲ cut off: cannot be reached, computes on
+
+KV frames are changed, repeated, lost and held back on their way.
+When the faults stop, everything that clients asked for must come to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, replace
+
+from cluster.gateway import Gateway
+from cluster.gateway_config import FailureConfig, GatewayConfig, RouterConfig
+from cluster.heartbeat import report_forever
+from cluster.kv_reporter import KVReporter
+from cluster.links import DecodeLinks
+from cluster.messages import ModelInfo
+from cluster.planning import virtual_loop
+from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
+from decode_worker.stream import DecodeService
+from decode_worker.worker import DecodeWorker
+from engine.batch import Batch, KVLayout, LayerListener, StepOutput
+from engine.errors import Unavailable
+from kvtransfer.frames import Frame
+from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
+from kvtransfer.transport import PrefillService
+from prefill_worker.worker import PrefillWorker
+from tests.planning.linear_cost import LinearCost
+from tests.sim.traffic import EOS, MAX_CONTEXT, VOCAB
+from tests.sim.world import FREED_WITHIN_S, MODEL, WatchedRunner, World
+
+# After so long a silence a peer counts as gone.
+KEEPALIVE_S = 1.0
+
+
+class FrozenRunner(WatchedRunner):
+    """Computes nothing while its process is stopped."""
+
+    goes_on: asyncio.Event
+
+    async def _execute(self, batch: Batch, on_layers: LayerListener | None) -> StepOutput:
+        await self.goes_on.wait()
+        return await super()._execute(batch, on_layers)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What a seed draws: how often something happens to some worker, and how often a frame is not what was sent."""
+
+    events_per_s: float
+    frame_rate: float
+
+
+def draw_faults(rng: random.Random) -> Faults:
+    return Faults(rng.choice([0.3, 1.0, 3.0]), rng.choice([0.0, 0.0, 0.01, 0.1]))
+
+
+class _Keeper:
+    """One worker's place: starts it, and starts it anew when it was killed."""
+
+    def __init__(self, world: FaultWorld, role: Role, name: str) -> None:
+        self.world = world
+        self.role = role
+        self.name = name
+        self.incarnation = 0
+        self.is_up = False
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+        self._killed = asyncio.Event()
+
+    async def run(self) -> None:
+        while True:
+            self.incarnation += 1
+            self._killed.clear()
+            worker = self.world.start_worker(self)
+            self.is_up = True
+            loop = asyncio.create_task(worker.run(), name=f"{self.name}, life {self.incarnation}")
+            beat = asyncio.create_task(self.world.beat(self, worker), name=f"heartbeat of {self.name}")
+            killed = asyncio.create_task(self._killed.wait())
+            try:
+                await asyncio.wait([loop, killed], return_when=asyncio.FIRST_COMPLETED)
+                if loop.done():
+                    loop.result()
+            finally:
+                self.is_up = False
+                for task in (beat, killed, loop):
+                    task.cancel()
+                self.world.network(self.role).kill(self.name)
+                (self.world.prefills if self.role == "prefill" else self.world.decodes).pop(self.name)
+                await asyncio.wait([beat, killed, loop])
+                if not loop.cancelled():
+                    loop.result()
+            await asyncio.sleep(self.world.dice.choice([0.01, 0.3, 3.0]))
+
+    @property
+    def is_well(self) -> bool:
+        return self.is_up and self.goes_on.is_set() and not self.world.network(self.role).is_cut(self.name)
+
+    def kill(self) -> None:
+        self._killed.set()
+
+    async def cut(self, seconds: float) -> None:
+        network = self.world.network(self.role)
+        network.cut(self.name)
+        await asyncio.sleep(seconds)
+        network.heal(self.name)
+
+    async def freeze(self, seconds: float) -> None:
+        """SIGSTOP, and later SIGCONT."""
+        self.goes_on.clear()
+        try:
+            await self.cut(seconds)
+        finally:
+            self.goes_on.set()
+
+
+class FaultWorld(World):
+    """`deaths` and the like are there to show that a run did something."""
+
+    def __init__(self, seed: int, requests: int, rate_s: float | None = None) -> None:
+        super().__init__(seed, requests, rate_s, schedule_ahead=seed % 3 == 2, max_steps=32 if seed % 3 == 1 else 1)
+        self.dice = random.Random(f"faults of {seed}")
+        self.faults = draw_faults(self.dice)
+        self.freed_within_s = FREED_WITHIN_S + KEEPALIVE_S + 4 * self.shape.latency_s
+        link = Link(self.shape.latency_s, self.shape.bandwidth_bytes_s, self.shape.window, KEEPALIVE_S)
+        self.prefill_network: MemoryNetwork[PrefillService] = MemoryNetwork(link)
+        self.decode_network: MemoryNetwork[DecodeService] = MemoryNetwork(replace(link, bandwidth_bytes_s=float("inf")))
+        self.deaths = self.cuts = self.freezes = self.tampered = 0
+        self._late: dict[str, list[bytes]] = {}
+        self._is_peace = False
+        self._keepers = {
+            name: _Keeper(self, role, name)
+            for role, name in (
+                ("prefill", "prefill-0"),
+                ("prefill", "prefill-1"),
+                ("decode", "decode-0"),
+                ("decode", "decode-1"),
+            )
+        }
+        self._gateway_of_all: Gateway | None = None
+
+    def network(self, role: Role) -> MemoryNetwork[PrefillService] | MemoryNetwork[DecodeService]:
+        return self.prefill_network if role == "prefill" else self.decode_network
+
+    def start_worker(self, keeper: _Keeper) -> PrefillWorker | DecodeWorker:
+        shape = self.shape
+        if keeper.role == "prefill":
+            layout = KVLayout(MODEL, 4, 1, 1, "uint64", shape.prefill_block, shape.prefill_blocks)
+            prefill = self._prefill(self._frozen(layout, keeper), keeper.name)
+            self.prefills[keeper.name] = prefill
+            self.prefill_network.register(keeper.name, prefill)
+            return prefill
+        layout = KVLayout(MODEL, 4, 1, 1, "uint64", shape.decode_block, shape.decode_blocks)
+        decode = self._decode(self._frozen(layout, keeper), keeper.name)
+        self.decodes[keeper.name] = decode
+        self.decode_network.register(keeper.name, decode)
+        return decode
+
+    async def beat(self, keeper: _Keeper, worker: PrefillWorker | DecodeWorker) -> None:
+        cache, incarnation = KVReporter(), keeper.incarnation
+        while self._gateway_of_all is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        gateway = self._gateway_of_all
+
+        async def send(report: WorkerReport) -> HeartbeatReply:
+            await keeper.goes_on.wait()
+            await asyncio.sleep(self.shape.latency_s)
+            if self.network(keeper.role).is_cut(keeper.name):
+                raise Unavailable("the gateway cannot be reached")
+            return gateway.heartbeat(report)
+
+        def collect() -> WorkerReport:
+            events = cache.report(worker.kv_events, worker.kv_snapshot)
+            links = worker.link_rates() if isinstance(worker, DecodeWorker) else ()
+            name = keeper.name
+            return WorkerReport(name, keeper.role, name, incarnation, MODEL, worker.stats(), links, events)
+
+        await report_forever(collect, send, changed=asyncio.Event(), rng=random.Random(self.dice.getrandbits(64)))
+
+    # ── building ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _frozen(self, layout: KVLayout, keeper: _Keeper) -> FrozenRunner:
+        runner = self._runner(layout, FrozenRunner)
+        assert isinstance(runner, FrozenRunner)
+        runner.goes_on = keeper.goes_on
+        return runner
+
+    def _start_workers(self) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(keeper.run(), name=keeper.name) for keeper in self._keepers.values()]
+        return [*tasks, asyncio.create_task(self._disturb(), name="faults")]
+
+    def _start_heartbeats(self, gateway: Gateway) -> list[asyncio.Task[None]]:
+        self._gateway_of_all = gateway
+        return []
+
+    def _gateway(self, links: DecodeLinks) -> Gateway:
+        routing = self.routing
+        config = GatewayConfig(
+            default_deadline_s=None,
+            heartbeat_interval_s=0.2,
+            fresh_s=1.0,
+            route_wait_s=60.0,
+            objectives=routing.objectives,
+            router=RouterConfig(policy=routing.policy, allow_local=self.shape.allow_local),
+            failures=FailureConfig(max_attempts=1000),
+        )
+        model = ModelInfo(MODEL, VOCAB, MAX_CONTEXT, eos_token_ids=(EOS,))
+        registry = Registry(config.fresh_s, config.expire_s)
+        cost = LinearCost(2e-3, 5e-5, 0.0, 5e-5, 2e-7, saturation_tokens=64) if routing.has_cost else None
+        return Gateway(None, model, registry, links, config, random.Random(self._rng.getrandbits(64)), cost)
+
+    def _kv_transport(self) -> MemoryPrefillTransport:
+        return MemoryPrefillTransport(self.prefill_network, self._tamper)
+
+    def _tamper(self, address: str, frame: Frame, wire: bytes) -> list[bytes]:
+        """What arrives instead of a frame. One that is late may come by the next stream, of another request."""
+        dice = self.dice
+        late = self._late.pop(address, [])
+        if dice.random() >= self.faults.frame_rate:
+            return [wire, *late]
+        self.tampered += 1
+        match dice.choice(["flip", "flip", "twice", "lose", "late"]):
+            case "flip":
+                bit = dice.randrange(8 * len(wire))
+                return [wire[: bit // 8] + bytes([wire[bit // 8] ^ 1 << bit % 8]) + wire[bit // 8 + 1 :], *late]
+            case "twice":
+                return [wire, wire, *late]
+            case "lose":
+                return late
+            case _:
+                self._late[address] = [wire]
+                return late
+
+    async def _peace(self) -> None:
+        while not self._is_peace or not all(keeper.is_well for keeper in self._keepers.values()):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+    async def _disturb(self) -> None:
+        """Until shortly after the last client has come."""
+        dice, until_s = self.dice, self.clients[-1].arrives_s + 1.0
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as under_way:
+            while loop.time() < until_s:
+                await asyncio.sleep(dice.expovariate(self.faults.events_per_s))
+                keeper = dice.choice(list(self._keepers.values()))
+                if not keeper.is_well:
+                    continue
+                match dice.choice(["kill", "kill", "cut", "freeze"]):
+                    case "kill":
+                        self.deaths += 1
+                        keeper.kill()
+                    case "cut":
+                        self.cuts += 1
+                        under_way.create_task(keeper.cut(dice.choice([0.05, 0.5, 3.0])))
+                    case _:
+                        self.freezes += 1
+                        under_way.create_task(keeper.freeze(dice.choice([0.05, 0.5, 3.0])))
+        self._is_peace = True
+        await asyncio.Event().wait()
+
+
+def simulate(seed: int, requests: int, rate_s: float | None = None) -> FaultWorld:
+    """Runs one seed to its end and checks everything; every failure says which seed it was."""
+    world: FaultWorld | None = None
+
+    async def run() -> None:
+        nonlocal world
+        world = FaultWorld(seed, requests, rate_s)
+        await world.run()
+
+    try:
+        virtual_loop.run(run())
+        assert world is not None
+        world.check_clients()
+    except BaseException as error:
+        error.add_note(f"seed {seed}, {requests} requests, rate {rate_s}")
+        if world is not None:
+            error.add_note(f"{world.shape}, {world.routing}, {world.faults}")
+        raise
+    return world
