@@ -91,6 +91,9 @@ class WorkerActor:
         if self._loop is not None and self._task is not None:
             self._loop.call_soon_threadsafe(self._task.cancel)
 
+    def wait(self) -> None:
+        """Returns: this process is there."""
+
     def leave(self) -> None:
         """Asks the worker to drain, at its leisure, and to end; does not wait."""
         if self._loop is not None and self._leave is not None:

@@ -26,6 +26,7 @@ class _Breaker:
 
     incarnation: int | None
     failures: int = 0
+    opened_s: float = 0.0
     timer: asyncio.TimerHandle | None = None
     probe: Booking | None = None
 
@@ -48,13 +49,15 @@ class Breakers:
         self._readmitted = readmitted
         self._breakers: dict[str, _Breaker] = {}
 
-    def failed(self, worker_id: str) -> None:
-        """A request failed there. What fails while the breaker is open was sent before: it says nothing new."""
+    def failed(self, worker_id: str, booking: Booking) -> None:
+        """A request failed there. One that was sent before the breaker opened says nothing new."""
+        now = asyncio.get_running_loop().time()
         breaker = self._breakers.get(worker_id)
         if breaker is None:
             breaker = self._breakers[worker_id] = _Breaker(self._view.incarnation(worker_id))
-        if breaker.timer is not None:
+        elif breaker.timer is not None or booking.routed_s < breaker.opened_s:
             return
+        breaker.opened_s = now
         breaker.failures += 1
         breaker.probe = None
         longest_s = min(self._max_shun_s, self._shun_s * 2.0 ** min(breaker.failures - 1, 60))

@@ -68,7 +68,9 @@ class ClusterConfig(BaseModel):
         description="How long a peer that is gone, frozen or cut off may hold KV blocks and streams at most.",
     )
     max_restarts: int = Field(
-        3, ge=0, description="How often a worker that died is started again, in a row; a minute's life begins anew."
+        3,
+        ge=0,
+        description="How often a worker that died is started again, in a row; one that lived ten minutes begins anew.",
     )
     start_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="How long all workers together may take until they report."

@@ -22,7 +22,6 @@ from cluster.routing.view import ClusterView
 from cluster.run import Run
 from decode_worker.stream import Done
 from engine.errors import (
-    Cancelled,
     DeadlineExceeded,
     HandedBack,
     InvalidArgument,
@@ -36,7 +35,7 @@ from engine.request import Receipt
 # A request that so many workers gave back finds the cluster in no state to serve it.
 PLACEMENTS_MAX = 8
 # Another worker would say the same.
-FINAL = (InvalidArgument, NotFound, DeadlineExceeded, Cancelled)
+FINAL = (InvalidArgument, NotFound, DeadlineExceeded)
 
 
 class Failures:
@@ -63,9 +62,6 @@ class Failures:
             return
         if isinstance(error, FINAL):
             raise error
-        if isinstance(error, Unavailable | TransferFailed):
-            route = booking.route
-            self._breakers.failed(route.prefill_id if error.is_of_prefill else route.decode_id)
         if run.answer.has_ended:
             # All of it is here; only the word that it is over was lost.
             run.done = Done(run.request.request_id, 0, Receipt())
@@ -76,6 +72,14 @@ class Failures:
         run.retries += 1
         await within(run.deadline_s, "recovery", asyncio.sleep(self._pause_s(run.retries)))
 
+    def blame(self, booking: Booking, error: Exception) -> None:
+        """Call when a failure comes, however late the request's reader learns of it."""
+        if not isinstance(error, Unavailable | TransferFailed) or isinstance(error, HandedBack):
+            return
+        if not self._links.is_closed:
+            route = booking.route
+            self._breakers.failed(route.prefill_id if error.is_of_prefill else route.decode_id, booking)
+
     def _handed_back(self, run: Run, booking: Booking) -> None:
         run.handed_back += 1
         if run.handed_back == PLACEMENTS_MAX:
@@ -84,6 +88,6 @@ class Failures:
 
     def _pause_s(self, retry: int) -> float:
         config = self._config
-        longest_s = min(config.max_backoff_s, config.backoff_s * 2.0 ** (retry - 1))
+        longest_s = min(config.max_backoff_s, config.backoff_s * 2.0 ** min(retry - 1, 60))
         turn_s = self._budget.take(asyncio.get_running_loop().time())
         return turn_s + self._rng.uniform(0.0, longest_s)

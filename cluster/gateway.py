@@ -211,8 +211,6 @@ class Gateway:
         """Hands a run to a worker, for what is missing of its answer. Raises what the worker, or its loss, ends it
         with."""
         run.booking = booking
-        booking.tokens_drawn = run.answer.token_count
-        booking.drawn = booking.tokens_drawn // run.request.params.n
         if run.seed is None:
             run.seed = self._rng.getrandbits(63)
         submit = run.submit(booking, request_id, asyncio.get_running_loop().time())
@@ -237,6 +235,9 @@ class Gateway:
             case Done():
                 self._end(booking)
                 place.give_back()
+            case Failed(error=error):
+                self._failures.blame(booking, error)
+                self._end(booking)
 
     @staticmethod
     def _take(run: Run, event: Event, now: float) -> Chunk | None:

@@ -246,8 +246,7 @@ class RayFleet:
                 num_cpus=seat.bundle.get("CPU", 0),
                 num_gpus=seat.bundle.get("GPU", 0),
                 scheduling_strategy=place,
-                # As often as it takes: `_keep_running` counts.
-                max_restarts=-1,
+                max_restarts=-1,  # `_keep_running` counts them
                 max_concurrency=2,
                 runtime_env={"env_vars": worker_variables(self._config.engine.threads)},
             )
@@ -275,6 +274,7 @@ class RayFleet:
         restarts = Restarts(self._config.cluster.max_restarts, clock())
         while True:
             try:
+                await self._wait_for(hand.leader)
                 problem = await self._run_once(hand.leader, hand.followers)
             except ray.exceptions.RayTaskError as error:
                 what, may_start = f"crashed: {error.cause}", restarts.died(clock())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # A worker that lived for so long had started well: what ends it then is no reason to give it up.
-STEADY_S = 60.0
+STEADY_S = 600.0
 
 
 class Restarts:

@@ -66,7 +66,8 @@ class Run:
             arrived_s=self.arrived_s,
             names=BlockNames(token_ids, self.request.salt),
             was_deferred=before is not None,
-            promised_s=before.promised_s if before is not None and not self.is_resumed else 0.0,
+            # What failures took says nothing of the router's promises.
+            promised_s=before.promised_s if before is not None and not self.retries else 0.0,
             is_resumed=self.is_resumed,
         )
 

@@ -73,7 +73,7 @@ class LocalPrompts:
             self._waiting.push(choice.owner, choice, now, choice.age[0] + choice.age[1] / MAX_CHOICES)
             return
         left_s = self._measure(choice, self._pool.lookup(choice.token_ids, choice.request.submit.salt))
-        if choice.request.times.first_token_s is not None:
+        if choice.request.times.first_token_s is not None or choice.request.submit.prompt_tokens:
             # It has given tokens, and its client waits for the next: before all prompts, the oldest first.
             wish = Urgency(choice.age[0] + choice.age[1] / MAX_CHOICES, due_s=-math.inf)
             objective_s, late_after_s = wish.patient_until_s - PREEMPTED_S, math.inf

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from decode_worker.sequence import Request
 from engine.batch import KVLayout, Runner
-from engine.errors import TandemError, TransferFailed
+from engine.errors import InvalidArgument, TandemError, TransferFailed
 from kvtransfer.frames import Arrival, Begin, Damaged, End, FirstToken, KVBlocks, KVRange
 from kvtransfer.receive import KVReceiver
 from kvtransfer.transport import MAX_WANTED, PrefillCall, PrefillTransport
@@ -127,11 +127,17 @@ async def _run(intake: _Intake, transport: PrefillTransport, leases: Iterator[in
     try:
         for _ in range(1 + REFETCHES_MAX):
             call = call_for(pull.request, intake.layout, next(leases), loop.time(), intake.missing())
-            async with transport.open(intake.address, call) as frames:
-                await intake.read(frames, call)
+            try:
+                async with transport.open(intake.address, call) as frames:
+                    await intake.read(frames, call)
+            except InvalidArgument as error:
+                if not call.wanted:
+                    raise
+                # Blocks of another size: it is another worker than the one that sent the rest.
+                raise TransferFailed(f"the missing KV cannot be had: {error}") from error
             if intake.is_whole:
                 return
-        raise TransferFailed(f"KV came damaged {1 + REFETCHES_MAX} times: {intake.problem}")
+        raise TransferFailed(f"KV did not come whole in {1 + REFETCHES_MAX} streams: {intake.problem}")
     except TandemError as error:
         pull.error = error
 

@@ -29,7 +29,10 @@ class Pulls:
 
     def add(self, request: Request, now: float) -> None:
         due_s = request.submit.ttft_due_s
-        if due_s is None:
+        if request.submit.prompt_tokens:
+            # Its client reads already.
+            due_s = now
+        elif due_s is None:
             # Nobody waits for its turn as long as its deadline, which may be minutes away.
             due_s = min(now + PATIENCE_S, math.inf if request.deadline_s is None else request.deadline_s)
         else:

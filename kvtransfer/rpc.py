@@ -98,7 +98,8 @@ def error_from_bytes(packed: bytes) -> TandemError | None:
     except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException):
         return None
     error = _rebuild(cls, message, given)
-    error.is_of_prefill = content.get("of_prefill") is True
+    if content.get("of_prefill") is True:
+        error.is_of_prefill = True
     return error
 
 

@@ -37,6 +37,8 @@ from prefill_worker.job import Job, JobState, Turn
 
 # A step that must end in time is planned with this much more: predictions err by some percent.
 CAUTION = 1.05
+# A prompt with tokens of a worker that was lost is due after so many times what it takes.
+RESUMED_WITHIN = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,9 @@ class PrefillScheduler:
         self.queued_tokens += job.prompt_tokens
         self._measure(job, cached)
         is_predicted = self._cost is not None
-        job.urgency = urgency(job.arrived_s, job.ttft_due_s, job.deadline_s, job.left_s, is_predicted=is_predicted)
+        # Whose client reads already is due as soon as it can be, and so before nearly all others.
+        due_s = now + RESUMED_WITHIN * job.left_s if job.call.prompt_tokens and is_predicted else job.ttft_due_s
+        job.urgency = urgency(job.arrived_s, due_s, job.deadline_s, job.left_s, is_predicted=is_predicted)
         self._waiting.push(
             job.key,
             job,

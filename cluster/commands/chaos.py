@@ -10,6 +10,7 @@ from rich.console import Console
 from tandem.client import Client
 from tandem.v1.inference_pb2 import WorkerStatus
 
+from cluster.calls import service_errors
 from cluster.chaos.clients import Asked, keep_asking, references
 from cluster.chaos.faults import Injector
 from cluster.chaos.plan import ChaosPlan
@@ -43,7 +44,7 @@ async def _run(service: Service, plan: ChaosPlan, console: Console) -> ChaosRepo
     assert isinstance(service.fleet, ProcessFleet), "faults are signals to processes of this machine"
     loop = asyncio.get_running_loop()
     asked: list[Asked] = []
-    async with Client(service.address) as client:
+    async with service_errors(service.address), Client(service.address) as client:
         console.print(f"asking {plan.prompts} prompts without faults")
         known = await references(client, plan.prompts, plan.prompt_tokens, plan.answer_tokens, plan.seed)
         console.print(f"{plan.streams} streams and faults for {plan.seconds:g} s")
@@ -63,7 +64,9 @@ async def _run(service: Service, plan: ChaosPlan, console: Console) -> ChaosRepo
         finally:
             for stream in streams:
                 stream.cancel()
-            await asyncio.gather(*streams, return_exceptions=True)
+            for error in await asyncio.gather(*streams, return_exceptions=True):
+                if isinstance(error, Exception):
+                    raise error
         leaks = [f"{len(hanging)} requests did not end within {REST_S:g} s"] if hanging else []
         leaks += await _held(client)
     return make_report(asked, injector.happened, leaks, seconds)

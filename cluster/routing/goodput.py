@@ -68,6 +68,8 @@ class GoodputRouter:
         return self._decide(best, forecast, view, now)
 
     def learn_ttft(self, booking: Booking, now: float) -> None:
+        if booking.query.is_resumed:
+            return
         if booking.route.predicted_first_s > 0:
             actual_s = now - booking.routed_s
             self.calibration.ttft[_kind(booking)].add(booking.predicted_first_s, actual_s)

@@ -23,6 +23,10 @@ class Scene:
         self.readmitted = 0
         self.breakers = Breakers(self.bench.view, random.Random(0), 1.0, 4.0, self._note)
 
+    def failed(self, worker_id: str) -> None:
+        now = asyncio.get_running_loop().time()
+        self.breakers.failed(worker_id, self.bench.book(ROUTE, now=now))
+
     def eligible(self) -> set[str]:
         view = self.bench.view
         return {name for order in (view.prefill_order, view.decode_order) for name in order.least(9)}
@@ -34,7 +38,7 @@ class Scene:
 @on_virtual_time
 async def test_one_that_failed_is_shunned_and_comes_back_for_one_request() -> None:
     scene = Scene()
-    scene.breakers.failed("d")
+    scene.failed("d")
     assert scene.eligible() == {"p", "p2", "d2"}
     scene.bench.report("d")
     assert "d" not in scene.eligible(), "whatever it says of itself"
@@ -58,10 +62,10 @@ async def test_who_fails_again_is_shunned_for_longer_up_to_a_limit() -> None:
     loop = asyncio.get_running_loop()
     shunned_s = []
     for _ in range(6):
-        scene.breakers.failed("d")
+        scene.failed("d")
         # All that were there fail in the same moment: one failure.
         for _ in range(20):
-            scene.breakers.failed("d")
+            scene.failed("d")
         began_s = loop.time()
         while "d" not in scene.eligible():  # noqa: ASYNC110 - looking on changes nothing
             await asyncio.sleep(0.01)
@@ -72,9 +76,20 @@ async def test_who_fails_again_is_shunned_for_longer_up_to_a_limit() -> None:
 
 
 @on_virtual_time
+async def test_what_was_sent_before_says_nothing_of_what_it_can_now() -> None:
+    scene = Scene()
+    early = scene.bench.book(ROUTE, now=0.0)
+    await asyncio.sleep(0.5)
+    scene.failed("d")
+    await asyncio.sleep(1.0)
+    scene.breakers.failed("d", early)
+    assert "d" in scene.eligible()
+
+
+@on_virtual_time
 async def test_a_probe_that_ends_without_a_token_lets_another_try() -> None:
     scene = Scene()
-    scene.breakers.failed("d")
+    scene.failed("d")
     await asyncio.sleep(1.0)
     probe = scene.bench.book(ROUTE)
     scene.breakers.booked(probe)
@@ -87,7 +102,7 @@ async def test_a_probe_that_ends_without_a_token_lets_another_try() -> None:
 @on_virtual_time
 async def test_a_new_incarnation_is_trusted_at_once() -> None:
     scene = Scene()
-    scene.breakers.failed("d")
+    scene.failed("d")
     report = scene.bench.view.decodes["d"].report
     scene.breakers.heard(report)
     assert "d" not in scene.eligible()
@@ -100,7 +115,7 @@ async def test_a_new_incarnation_is_trusted_at_once() -> None:
 @on_virtual_time
 async def test_where_there_is_nobody_else_all_may_try() -> None:
     scene = Scene("p", "d")
-    scene.breakers.failed("d")
+    scene.failed("d")
     await asyncio.sleep(1.0)
     scene.breakers.booked(scene.bench.book(ROUTE))
     assert "d" in scene.eligible()
@@ -109,8 +124,8 @@ async def test_where_there_is_nobody_else_all_may_try() -> None:
 @on_virtual_time
 async def test_a_worker_that_is_gone_leaves_nothing_behind() -> None:
     scene = Scene()
-    scene.breakers.failed("d")
-    scene.breakers.failed("nobody")
+    scene.failed("d")
+    scene.failed("nobody")
     scene.bench.view.remove("d")
     await asyncio.sleep(1.0)
     assert scene.breakers._breakers == {}

@@ -95,7 +95,7 @@ def test_a_link_that_damages_everything_fails_the_request() -> None:
             failed = gateway.events[-1]
             assert isinstance(failed, Failed)
             assert isinstance(failed.error, TransferFailed)
-            assert "KV came damaged 4 times: KV frame checksum mismatch" in str(failed.error)
+            assert "KV did not come whole in 4 streams: KV frame checksum mismatch" in str(failed.error)
             assert failed.error.is_of_prefill
 
     virtual_loop.run(main())
