@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from cluster.gateway_config import FailureConfig, GatewayConfig
 from cluster.planning.arrivals import arrivals
 from cluster.planning.emulated_cluster import ONE_FRAME
 from cluster.planning.emulation_spec import EmulationSpec
@@ -32,6 +33,8 @@ SPEC = EmulationSpec(
     prefill_config=PrefillConfig(
         token_budget=COST.saturation_tokens, max_batch_prompts=1, max_queued=1, max_frame_bytes=ONE_FRAME
     ),
+    # Refused is refused: nobody tries again.
+    gateway_config=GatewayConfig(max_running=1000, default_deadline_s=None, failures=FailureConfig(on_failure="fail")),
 )
 TRACE = Trace(
     tuple(TraceRequest(time, COST.saturation_tokens, 1) for time in arrivals(5.0, 80, "poisson", 1.0, random.Random(2)))
