@@ -15,13 +15,11 @@ import random
 from dataclasses import dataclass, replace
 
 from cluster.gateway import Gateway
-from cluster.gateway_config import FailureConfig, GatewayConfig, RouterConfig
+from cluster.gateway_config import FailureConfig, GatewayConfig
 from cluster.heartbeat import report_forever
 from cluster.kv_reporter import KVReporter
-from cluster.links import DecodeLinks
-from cluster.messages import ModelInfo
 from cluster.planning import virtual_loop
-from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
+from cluster.registry import HeartbeatReply, Role, WorkerReport
 from decode_worker.stream import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout, LayerListener, StepOutput
@@ -30,8 +28,6 @@ from kvtransfer.frames import Frame
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.worker import PrefillWorker
-from tests.planning.linear_cost import LinearCost
-from tests.sim.traffic import EOS, MAX_CONTEXT, VOCAB
 from tests.sim.world import FREED_WITHIN_S, MODEL, WatchedRunner, World
 
 # After so long a silence a peer counts as gone.
@@ -198,21 +194,9 @@ class FaultWorld(World):
         self._gateway_of_all = gateway
         return []
 
-    def _gateway(self, links: DecodeLinks) -> Gateway:
-        routing = self.routing
-        config = GatewayConfig(
-            default_deadline_s=None,
-            heartbeat_interval_s=0.2,
-            fresh_s=1.0,
-            route_wait_s=60.0,
-            objectives=routing.objectives,
-            router=RouterConfig(policy=routing.policy, allow_local=self.shape.allow_local),
-            failures=FailureConfig(max_attempts=1000),
-        )
-        model = ModelInfo(MODEL, VOCAB, MAX_CONTEXT, eos_token_ids=(EOS,))
-        registry = Registry(config.fresh_s, config.expire_s)
-        cost = LinearCost(2e-3, 5e-5, 0.0, 5e-5, 2e-7, saturation_tokens=64) if routing.has_cost else None
-        return Gateway(None, model, registry, links, config, random.Random(self._rng.getrandbits(64)), cost)
+    def _gateway_config(self) -> GatewayConfig:
+        changes = {"route_wait_s": 60.0, "failures": FailureConfig(max_attempts=1000)}
+        return super()._gateway_config().model_copy(update=changes)
 
     def _kv_transport(self) -> MemoryPrefillTransport:
         return MemoryPrefillTransport(self.prefill_network, self._tamper)

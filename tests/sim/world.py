@@ -257,15 +257,18 @@ class World:
         workers = {**self.prefills, **self.decodes}
         return [asyncio.create_task(worker.run(), name=name) for name, worker in workers.items()]
 
-    def _gateway(self, links: DecodeLinks) -> Gateway:
+    def _gateway_config(self) -> GatewayConfig:
         routing = self.routing
-        config = GatewayConfig(
+        return GatewayConfig(
             default_deadline_s=None,
             heartbeat_interval_s=0.2,
             fresh_s=1.0,
             objectives=routing.objectives,
             router=RouterConfig(policy=routing.policy, allow_local=self.shape.allow_local),
         )
+
+    def _gateway(self, links: DecodeLinks) -> Gateway:
+        config, routing = self._gateway_config(), self.routing
         model = ModelInfo(MODEL, VOCAB, MAX_CONTEXT, eos_token_ids=(EOS,))
         registry = Registry(config.fresh_s, config.expire_s)
         cost = LinearCost(2e-3, 5e-5, 0.0, 5e-5, 2e-7, saturation_tokens=64) if routing.has_cost else None
