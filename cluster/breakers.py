@@ -51,19 +51,19 @@ class Breakers:
 
     def failed(self, worker_id: str, booking: Booking) -> None:
         """A request failed there. One that was sent before the breaker opened says nothing new."""
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
         breaker = self._breakers.get(worker_id)
         if breaker is None:
             breaker = self._breakers[worker_id] = _Breaker(self._view.incarnation(worker_id))
         elif breaker.timer is not None or booking.routed_s < breaker.opened_s:
             return
-        breaker.opened_s = now
+        breaker.opened_s = loop.time()
         breaker.failures += 1
         breaker.probe = None
         longest_s = min(self._max_shun_s, self._shun_s * 2.0 ** min(breaker.failures - 1, 60))
         # Gateways that lost a worker together do not come back together.
         shun_s = longest_s * self._rng.uniform(0.5, 1.0)
-        breaker.timer = asyncio.get_running_loop().call_later(shun_s, self._half_open, worker_id, breaker)
+        breaker.timer = loop.call_later(shun_s, self._half_open, worker_id, breaker)
         self._view.shun(worker_id)
 
     def heard(self, report: WorkerReport) -> None:

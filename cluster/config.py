@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from cluster.cluster_config import ClusterConfig
 from cluster.gateway_config import GatewayConfig
+from cluster.yaml_file import parse_mapping, read_text
 from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -57,8 +58,8 @@ def load(path: Path | None = None, flags: Mapping[str, object] | None = None) ->
     Raises ConfigError, one line: the place (file and line, or flag), the key, the value and what would be right.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    text = "" if path is None else _read(path)
-    values = _parse(text, str(path))
+    text = "" if path is None else read_text(path)
+    values = parse_mapping(text, str(path), f"a mapping with the sections {', '.join(TandemConfig.model_fields)}")
     for flag, value in given.items():
         _put(values, FLAGS[flag].split("."), value, str(path))
     try:
@@ -85,30 +86,6 @@ def known_keys(model: type[BaseModel] = TandemConfig, prefix: str = "") -> Itera
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from known_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{where}{line}: is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        sections = ", ".join(TandemConfig.model_fields)
-        raise ConfigError(f"{where}: got a {type(values).__name__}, expected a mapping with the sections {sections}")
-    return values
 
 
 def _put(values: dict[str, Any], keys: Sequence[str], value: object, where: str) -> None:

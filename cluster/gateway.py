@@ -95,12 +95,10 @@ class Gateway:
             PrefixIndex(config.router.prefix_entries),
         )
         self.router = make_router(config.router)
-        breakers = Breakers(
-            self.view, rng, config.failures.shun_s, config.failures.max_shun_s, lambda: self._dispatcher.news()
-        )
-        self._breakers = breakers
-        self._failures = Failures(config.failures, self.view, breakers, links, rng)
-        self._ledger = Ledger(self.view, self.router, breakers)
+        failures = config.failures
+        self._breakers = Breakers(self.view, rng, failures.shun_s, failures.max_shun_s, lambda: self._dispatcher.news())
+        self._failures = Failures(failures, self.view, self._breakers, links, rng)
+        self._ledger = Ledger(self.view, self.router, self._breakers)
         self._dispatcher = Dispatcher(
             self.view, self.router, self._ledger, rng, config.route_wait_s, config.router.lead_s
         )

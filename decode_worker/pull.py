@@ -142,6 +142,15 @@ async def _run(intake: _Intake, transport: PrefillTransport, leases: Iterator[in
         pull.error = error
 
 
+def _around(parts: Sequence[KVRange]) -> KVRange:
+    return KVRange(
+        min(part.first_token for part in parts),
+        max(part.end_token for part in parts),
+        min(part.first_layer for part in parts),
+        max(part.end_layer for part in parts),
+    )
+
+
 class _Intake:
     """What has come of one prompt, by one stream or, where frames were damaged, by several."""
 
@@ -168,7 +177,7 @@ class _Intake:
         if self._receiver is not None and not missing:
             # Only the first token is: it comes with any part.
             return self._receiver.last_block()
-        return missing if len(missing) <= MAX_WANTED else ()
+        return missing if len(missing) <= MAX_WANTED else (_around(missing),)
 
     async def read(self, frames: AsyncIterator[Arrival], call: PrefillCall) -> None:
         """Reads a stream to its end. Raises TransferFailed for one that is not what was asked for."""

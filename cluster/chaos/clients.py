@@ -42,7 +42,6 @@ class Asked:
     sent_s: float
     token_ids: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
-    ended_s: float = 0.0
     retries: int = 0
     error: str = ""
 
@@ -96,4 +95,3 @@ async def ask(client: Client, url: str, request: Asked) -> None:
                     request.retries = part.receipt.retries
     except TandemError as error:
         request.error = f"{type(error).__name__}: {error}"
-    request.ended_s = loop.time()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from cluster.yaml_file import parse_mapping, read_text
 from engine.errors import ConfigError
 
 
@@ -49,15 +52,20 @@ def read_plan(path: Path | None) -> ChaosPlan:
     """The plan in a YAML file; the default without one. Raises ConfigError."""
     if path is None:
         return ChaosPlan()
+    expected = f"a mapping with the keys {', '.join(ChaosPlan.model_fields)}"
+    values = parse_mapping(read_text(path), str(path), expected)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-    try:
-        return ChaosPlan.model_validate(content if content is not None else {})
+        return ChaosPlan.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {where or 'plan'}: {first['msg']}") from error
+        raise ConfigError(f"{path}: {_describe(error.errors()[0])}") from None
+
+
+def _describe(problem: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = Fault.model_fields if len(problem["loc"]) > 1 else ChaosPlan.model_fields
+        near = get_close_matches(str(problem["loc"][-1]), known, 1)
+        return f"{where}: unknown key, " + (f"nearest known key: {near[0]}" if near else f"known: {', '.join(known)}")
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, expected ")
+    got = "" if isinstance(problem["input"], Mapping) else f"got {problem['input']!r}, "
+    return f"{where}: {got}expected: {message}"

@@ -25,12 +25,14 @@ def test_a_plan_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("faults: [{kind: explode, at_s: 1}]", "faults.0.kind: Input should be 'kill' or 'stop'"),
-        ("faults: [{kind: kill}]", "faults.0: Value error, expected either at_s or every_s"),
-        ("faults: [{kind: kill, at_s: 1, every_s: 2}]", "faults.0: Value error, expected either at_s or every_s"),
-        ("second: 3", "second: Extra inputs are not permitted"),
-        ("seconds: -1", "seconds: Input should be greater than 0"),
-        ("{", "is no YAML"),
+        ("faults: [{kind: explode, at_s: 1}]", "faults.0.kind: got 'explode', expected: 'kill' or 'stop'"),
+        ("faults: [{kind: kill}]", "faults.0: expected: either at_s or every_s"),
+        ("faults: [{kind: kill, at_s: 1, every_s: 2}]", "faults.0: expected: either at_s or every_s"),
+        ("second: 3", "second: unknown key, nearest known key: seconds"),
+        ("faults: [{kind: kill, att_s: 1}]", "faults.0.att_s: unknown key, nearest known key: at_s"),
+        ("seconds: -1", "seconds: got -1, expected: greater than 0"),
+        ("[]", "got a list, expected a mapping with the keys seconds, streams"),
+        ("{", "is not YAML"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, problem: str) -> None:

@@ -28,7 +28,7 @@ def test_an_answer_is_right_up_to_a_tie(token_ids: tuple[int, ...], is_whole: bo
 
 
 def asked(*token_s: float, retries: int = 0, error: str = "") -> Asked:
-    return Asked(REFERENCE, 0.0, list(REFERENCE.token_ids[: len(token_s)]), list(token_s), 9.0, retries, error)
+    return Asked(REFERENCE, 0.0, list(REFERENCE.token_ids[: len(token_s)]), list(token_s), retries, error)
 
 
 def test_recovery_is_from_the_fault_to_the_next_token() -> None:

@@ -72,6 +72,32 @@ def test_only_what_is_missing_is_asked_for() -> None:
     virtual_loop.run(main())
 
 
+def test_many_missing_parts_are_asked_for_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes again with them was asked for: it is no fault."""
+    monkeypatch.setattr("decode_worker.pull.MAX_WANTED", 1)
+
+    async def main() -> None:
+        async with scene() as (transport, worker, gateway, _):
+            damaged: list[KVBlocks] = []
+
+            def damages(call: int, frame: Frame) -> bool:
+                is_hit = call == 1 and isinstance(frame, KVBlocks) and frame.first_token in (0, 16)
+                if is_hit and isinstance(frame, KVBlocks):
+                    damaged.append(frame)
+                return is_hit
+
+            transport.damages = damages
+            gateway.send(submit(30, prefill_address="p"))
+            await asyncio.sleep(3)
+            [part] = transport.calls[1].wanted
+            assert part.first_token == min(frame.first_token for frame in damaged)
+            assert part.end_token == max(frame.end_token for frame in damaged)
+            assert isinstance(gateway.events[-1], Done)
+            assert worker.stats().kv_faults == len(damaged)
+
+    virtual_loop.run(main())
+
+
 def test_frames_that_come_twice_are_counted_and_not_taken() -> None:
     async def main() -> None:
         async with scene() as (transport, worker, gateway, runner):
