@@ -231,6 +231,8 @@ class Gateway:
                     self._dispatcher.news()
                 self._ledger.drew(booking, len(tokens), now)
             case Done():
+                # Before whoever waits is asked for: how long answers are goes into every decision.
+                self._ledger.answered(booking)
                 self._end(booking)
                 place.give_back()
             case Failed(error=error):

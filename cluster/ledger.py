@@ -45,9 +45,15 @@ class Ledger:
         self._view.answers.drew((drawn - booking.drawn) * booking.query.rows)
         booking.drawn, booking.drawn_s = drawn, now
 
+    def answered(self, booking: Booking) -> None:
+        """The last of its tokens has come. May be called again."""
+        if not booking.is_answered:
+            booking.is_answered = True
+            self._view.answers.ended(booking.query.rows)
+
     def finished(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:
         """It was answered whole."""
-        self._view.answers.ended(booking.query.rows)
+        self.answered(booking)
         self._router.learn_tpot(booking, tpot_s, answer_tokens)
 
     def end(self, booking: Booking, now: float) -> None:

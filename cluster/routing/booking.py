@@ -20,6 +20,7 @@ class Booking:
     first_s: float | None = None
     delayed_s: float = 0.0
     tokens_drawn: int = 0
+    is_answered: bool = False
     drawn: int = 0
     drawn_s: float = 0.0
 

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.failures import PLACEMENTS_MAX
 from cluster.messages import Complete
+from cluster.routing.answer_length import AnswerLength
 from engine.errors import (
     DeadlineExceeded,
     Unavailable,
@@ -21,6 +22,7 @@ from tests.cluster.fake_decode import STEP_S, FakeDecode, on_virtual_time
 from tests.cluster.serving import (
     ANSWER,
     CONFIG,
+    LENGTH,
     REQUEST,
     TO_THE_END,
     TOKENIZER,
@@ -128,6 +130,11 @@ async def test_a_reader_that_stops_holds_no_place() -> None:
             for name in ("a", "b"):
                 assert await start(gateway, name, params=TO_THE_END.params)
             assert asyncio.get_running_loop().time() < 1.0
+            seen = AnswerLength(CONFIG.router.typical_answer_tokens)
+            for _ in range(3):
+                seen.drew(LENGTH)
+                seen.ended(1)
+            assert gateway.view.answer_tokens == pytest.approx(seen.mean), "it counts as answered, read or not"
             rest = [part async for part in parts]
         complete = rest[-1]
         assert isinstance(complete, Complete)
