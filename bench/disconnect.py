@@ -62,6 +62,10 @@ class TimedRunner:
     def layout(self) -> KVLayout:
         return self._runner.layout
 
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         start_s = asyncio.get_running_loop().time()
         try:

@@ -7,6 +7,7 @@ from typing import cast
 
 from cluster.messages import GenerateRequest, Message, ModelInfo
 from engine.errors import InvalidArgument, NotFound
+from engine.request_checks import check_token_ids
 from engine.tokenizer import Tokenizer
 
 MAX_REQUEST_ID_CHARS = 256
@@ -26,11 +27,18 @@ def prompt_token_ids(
     field, token_ids = _encode(request.prompt, tokenizer, max_prompt_chars)
     if not token_ids:
         raise InvalidArgument(field, request.prompt, "a prompt of at least one token")
-    if min(token_ids) < 0 or max(token_ids) >= model.vocab_size:
-        token_id = next(token_id for token_id in token_ids if not 0 <= token_id < model.vocab_size)
-        raise InvalidArgument(field, token_id, f"a token id in [0, {model.vocab_size})")
     _check_length(field, len(token_ids), request.params.max_tokens, model.max_context)
+    check_token_ids(field, token_ids, model.vocab_size)
     return token_ids
+
+
+def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...]) -> int:
+    """Characters of a prompt that are to be tokenized."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    # Of token ids the first says enough: a prompt never mixes them with messages.
+    is_chat = bool(prompt) and isinstance(prompt[0], Message)
+    return sum(len(turn.role) + len(turn.content) for turn in cast(tuple[Message, ...], prompt)) if is_chat else 0
 
 
 def _check_small_fields(request: GenerateRequest) -> None:
@@ -55,7 +63,7 @@ def _encode(
         return "token_ids", cast(tuple[int, ...], prompt)
     messages = [turn for turn in prompt if isinstance(turn, Message)]
     assert len(messages) == len(prompt), "a prompt mixes messages and token ids"
-    _check_chars("messages", sum(len(turn.role) + len(turn.content) for turn in messages), max_prompt_chars)
+    _check_chars("messages", text_chars(prompt), max_prompt_chars)
     turns = [{"role": turn.role, "content": turn.content} for turn in messages]
     return "messages", tuple(_needed("messages", tokenizer).encode_chat(turns))
 

@@ -131,6 +131,11 @@ class Runner(Protocol):
     @property
     def layout(self) -> KVLayout: ...
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are in [0, vocab_size): others would index out of the model's tables, and end the worker."""
+        ...
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """Runs one forward pass. All calls of `on_layers` come before this returns, in layer order, together
         covering every layer once.

@@ -1,4 +1,5 @@
-"""What every runner over a `KVCache` has alike: its layout, its blocks on the wire, and how layers are announced."""
+"""What every runner over a `KVCache` has alike: its layout and vocabulary, its blocks on the wire, and how
+layers are announced."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from engine.kv_cache import KVCache
 class CachedRunner:
     """The part of `Runner` (engine/batch.py) that does not compute."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, vocab_size: int) -> None:
         self._cache = cache
+        self.vocab_size = vocab_size
 
     @property
     def layout(self) -> KVLayout:

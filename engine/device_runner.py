@@ -51,7 +51,7 @@ class DeviceRunner(CachedRunner):
         self, forward: Forward | GraphedForward, cache: KVCache, sampler: DeviceSampler, *, device: torch.device
     ) -> None:
         self._forward = forward
-        super().__init__(cache)
+        super().__init__(cache, sampler.vocab_size)
         self._sampler = sampler
         self._device = device
         # Draws of the batch before, still on the device. Only the launcher touches it.

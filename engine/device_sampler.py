@@ -61,7 +61,7 @@ class DeviceSampler:
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device = CPU) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         # A token beyond the vocabulary cannot be drawn, so it need not be banned.
         self._eos_token_ids = tuple(token_id for token_id in eos_token_ids if token_id < vocab_size)
         self._device = device
@@ -73,11 +73,11 @@ class DeviceSampler:
     def prepare(self, specs: Sequence[SampleSpec]) -> Prepared:
         """Depends on no logits, so it may come long before them."""
         edits = [_biases(spec, self._banned(spec)) for spec in specs]
-        histories = [_history(spec, self._vocab_size) for spec in specs]
+        histories = [_history(spec, self.vocab_size) for spec in specs]
         shape = self._shape(specs, edits, histories)
         inputs = empty_inputs(shape, pinned=self._device.type == "cuda")
         _pack_draws(specs, inputs)
-        _pack_filters(specs, self._vocab_size, inputs)
+        _pack_filters(specs, self.vocab_size, inputs)
         _pack_biases(edits, inputs)
         _pack_histories(specs, histories, inputs)
         return Prepared(inputs.on(self._device), tuple(specs))
@@ -89,7 +89,7 @@ class DeviceSampler:
     def draw(self, logits: torch.Tensor, prepared: Prepared) -> Drawn:
         """The part of `launch` that stays on the device, and may be recorded in a CUDA graph."""
         shape = prepared.inputs.shape
-        assert logits.shape == (shape.rows, self._vocab_size), f"logits {tuple(logits.shape)} for {shape.rows} rows"
+        assert logits.shape == (shape.rows, self.vocab_size), f"logits {tuple(logits.shape)} for {shape.rows} rows"
         if shape.draws == 0:
             return Drawn(prepared, torch.empty(0, dtype=torch.int64, device=self._device))
         token_ids = sample(logits.contiguous(), prepared.inputs)
@@ -144,9 +144,9 @@ class DeviceSampler:
             history_each=_round_up(max(lengths, default=0)),
             logprob_rows=len(asking),
             logprob_draws=sum(len(spec.choices) for spec in asking),
-            top=min(self._vocab_size, max((spec.params.logprobs or 0 for spec in asking), default=0)),
+            top=min(self.vocab_size, max((spec.params.logprobs or 0 for spec in asking), default=0)),
             any_noise=bool(drawing),
-            any_top_k=any(_top_k(params, self._vocab_size) for params in drawing),
+            any_top_k=any(_top_k(params, self.vocab_size) for params in drawing),
             any_top_p=any(np.float32(params.top_p) < 1 for params in drawing),
         )
 

@@ -80,6 +80,10 @@ class ParallelRunner:
     def layout(self) -> KVLayout:
         return self._layout
 
+    @property
+    def vocab_size(self) -> int:
+        return self._local.vocab_size
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """Runs one forward pass on all ranks. Raises RankLost when one of them died."""
         return await self._local.run(batch, on_layers)

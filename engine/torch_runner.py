@@ -52,8 +52,7 @@ class TorchRunner(CachedRunner):
     ) -> None:
         plain = Forward(model, cache.tensor, layer_group)
         self._forward = GraphedForward(plain, capture, range(1, recorded_rows + 1)) if capture else plain
-        self._vocab_size = model.vocab_size
-        super().__init__(cache)
+        super().__init__(cache, model.vocab_size)
         self._sampler = sampler
         self._device = device
         # What the batch before drew, in the order that `Row.follows` counts in. Only the thread touches it.
@@ -92,7 +91,7 @@ class TorchRunner(CachedRunner):
     def _logits(self, batch: Batch, on_layers: Callable[[int, int], None]) -> torch.Tensor:
         self._cache.copy_blocks(batch.copies)
         shape = self._forward.shape_of(batch.rows)
-        inputs = pack_step(batch.rows, self.layout.block_size, shape, self._vocab_size).on(self._device)
+        inputs = pack_step(batch.rows, self.layout.block_size, shape, self.vocab_size).on(self._device)
         self._follow(batch.rows, inputs)
 
         def after_group(first: int, end: int) -> None:

@@ -10,13 +10,15 @@ One stream carries one request's prefill, in this order:
 
 On the wire a frame is  magic "TKV1" | header size, u32 | checksum, u64 | header, msgpack | payload, raw  (little
 endian). The checksum is xxh3-64 over header and payload, so a flipped bit anywhere is seen. Each header also names the
-lease that its stream was opened with: a frame of another stream is not taken, wherever it comes from.
+lease that its stream was opened with: a frame of another stream is not taken, wherever it comes from. Keys of a header
+that are not known are passed over: a later release may add some. What it cannot add so has another magic.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import msgpack
@@ -28,6 +30,9 @@ from engine.errors import CorruptFrame
 MAGIC = b"TKV1"
 PREFIX = struct.Struct("<4sIQ")
 MAX_HEADER_BYTES = 64 * 1024
+# Of anything that a header counts, in bytes or in tokens: what every field of a protobuf message can tell further.
+MAX_COUNT = (1 << 63) - 1
+MAX_TEXT_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,11 @@ class KVRange:
     end_layer: int
 
 
+_COUNTS: dict[type[Any], tuple[str, ...]] = {
+    kind: tuple(each.name for each in fields(kind) if each.type == "int") for kind in (Begin, KVBlocks, End, KVLayout)
+}
+
+
 def encode(frame: Frame, lease: int = 0) -> list[bytes | memoryview]:
     """The frame's wire bytes as pieces to be joined once, so that a payload is copied no more than it must be."""
     header, payload = _to_header(frame)
@@ -134,7 +144,7 @@ def decode(wire: bytes | memoryview, lease: int = 0) -> Frame:
         if (theirs := header.pop("lease")) != lease:
             raise CorruptFrame(f"KV frame of lease {theirs} in the stream of lease {lease}")
         return _from_header(header, body[header_bytes:])
-    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, msgpack.UnpackException) as error:
         raise CorruptFrame(f"KV frame header cannot be read: {error!r}") from error
 
 
@@ -160,21 +170,53 @@ def _to_header(frame: Frame) -> tuple[dict[str, Any], bytes | memoryview]:
 
 
 def _from_header(header: dict[str, Any], payload: memoryview) -> Frame:
-    kind = header.pop("kind")
+    """Raises what reading a value of another kind raises. Keys that are not known are passed over."""
+    kind = header["kind"]
     if kind == "kv":
-        if not all(isinstance(value, int) and value >= 0 for value in header.values()):
-            raise ValueError("a KV frame's header holds only counts")
-        return KVBlocks(**header, payload=payload)
+        return KVBlocks(**_counts(KVBlocks, header), payload=payload)
     if len(payload):
         raise ValueError(f"a {kind} frame carries no payload")
     if kind == "token":
-        sampled = tuple(
-            Sampled(int(token_id), float(logprob), tuple((int(other), float(value)) for other, value in top))
-            for token_id, logprob, top in header["sampled"]
-        )
-        return FirstToken(sampled, float(header["queue_s"]), float(header["prefill_s"]))
+        sampled = tuple(_sampled(*drawn) for drawn in header["sampled"])
+        return FirstToken(sampled, _number(header["queue_s"]), _number(header["prefill_s"]))
     if kind == "begin":
-        return Begin(**{**header, "layout": KVLayout(**header["layout"])})
+        layout = header["layout"]
+        model, dtype = _text(layout["model"]), _text(layout["dtype"])
+        return Begin(**_counts(Begin, header), layout=KVLayout(model=model, dtype=dtype, **_counts(KVLayout, layout)))
     if kind == "end":
-        return End(**header)
+        return End(**_counts(End, header))
     raise ValueError(f"unknown frame kind {kind!r}")
+
+
+def _counts(kind: type[Any], header: dict[str, Any]) -> dict[str, int]:
+    """The fields of `kind` that are counts."""
+    return {name: _count(header[name]) for name in _COUNTS[kind]}
+
+
+def _sampled(token_id: Any, logprob: Any, top: Any) -> Sampled:  # noqa: ANN401 - whatever msgpack gives
+    # A token that the model rules out has a log-probability of minus infinity.
+    return Sampled(_count(token_id), _float(logprob), tuple((_count(other), _float(value)) for other, value in top))
+
+
+def _count(value: Any) -> int:  # noqa: ANN401
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{value!r:.32} is no count")
+    return value
+
+
+def _number(value: Any) -> float:  # noqa: ANN401
+    if not math.isfinite(number := _float(value)):
+        raise ValueError(f"{number} is no number of seconds")
+    return number
+
+
+def _float(value: Any) -> float:  # noqa: ANN401
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r:.32} is no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    if type(value) is not str or len(value) > MAX_TEXT_CHARS:
+        raise ValueError(f"{value!r:.32} is no name")
+    return value

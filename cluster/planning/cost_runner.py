@@ -20,6 +20,7 @@ from cluster.planning.emulation_spec import WorkerCost
 from cluster.planning.long_run import LongRun
 from engine.batch import Batch, KVLayout, LayerListener, Sampled, StepOutput
 from engine.errors import ConfigError
+from engine.request_checks import LARGEST_VOCABULARY
 from engine.step_cost import StepCost, work_of
 
 PARTS = 8
@@ -77,6 +78,8 @@ class CostRunner:
         self._loop_s = loop_s
         self._free_at_s = 0.0
         self._long: LongRun | None = None
+
+    vocab_size = LARGEST_VOCABULARY
 
     @property
     def layout(self) -> KVLayout:

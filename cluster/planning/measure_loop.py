@@ -16,6 +16,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.stream import Command, Done, Submit, TokenFrame
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout, LayerListener, Sampled, StepOutput
+from engine.request_checks import LARGEST_VOCABULARY
 from engine.sampling import SamplingParams
 from kvtransfer.frames import Frame
 from kvtransfer.transport import PrefillCall
@@ -29,6 +30,8 @@ FEW_ROWS, MANY_ROWS = 1, 32
 
 class _IdleRunner:
     """Implements engine.batch.Runner: every token is 1, at once."""
+
+    vocab_size = LARGEST_VOCABULARY
 
     def __init__(self, rows: int) -> None:
         blocks = rows * (-(-(PROMPT_TOKENS + STEPS + WARM_UP_STEPS) // BLOCK_SIZE) + 2)

@@ -23,7 +23,8 @@ class ScriptedTransport:
     """Passes a real prefill worker's frames on, up to the first of class `hold`; then waits, fails or tampers.
 
     `hold` None lets everything pass. `fault` is raised instead of waiting. `twice` sends each KV frame again. Frames
-    for which `damages` says so arrive damaged; it gets the number of the call, from 1, and the frame.
+    for which `damages` says so arrive damaged; it gets the number of the call, from 1, and the frame. `change` makes
+    another frame of one.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class ScriptedTransport:
         self.fault: TandemError | None = None
         self.twice = False
         self.damages: Callable[[int, Frame], bool] = lambda call, frame: False
+        self.change: Callable[[Frame], Frame] = lambda frame: frame
         self.calls: list[PrefillCall] = []
 
     @asynccontextmanager
@@ -54,7 +56,7 @@ class ScriptedTransport:
                 if self.fault is not None:
                     raise self.fault
                 await asyncio.get_running_loop().create_future()
-            yield frame
+            yield self.change(frame)
             if self.twice and isinstance(frame, KVBlocks):
                 yield frame
 

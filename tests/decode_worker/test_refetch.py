@@ -10,6 +10,7 @@ import pytest
 from cluster.planning import virtual_loop
 from decode_worker.pull import REFETCHES_MAX
 from decode_worker.stream import Delta, Done, Failed
+from engine.batch import Sampled
 from engine.errors import TransferFailed
 from engine.sampling import SamplingParams
 from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
@@ -29,7 +30,14 @@ def answer(gateway: Gateway, choice: int) -> list[int]:
 def test_whatever_is_damaged_comes_again(kind: type[Frame], rounds: int, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with scene() as (transport, worker, gateway, runner):
-            transport.damages = lambda call, frame: call <= rounds and isinstance(frame, kind)
+            damaged: list[Frame] = []
+
+            def damages(call: int, frame: Frame) -> bool:
+                is_hit = call <= rounds and isinstance(frame, kind)
+                damaged.extend([frame] if is_hit else [])
+                return is_hit
+
+            transport.damages = damages
             gateway.send(submit(30, params=PARAMS, seed=5, prefill_address="p"))
             await asyncio.sleep(3)
             for choice in range(2):
@@ -37,7 +45,7 @@ def test_whatever_is_damaged_comes_again(kind: type[Frame], rounds: int, caplog:
             done = gateway.events[-1]
             assert isinstance(done, Done)
             assert done.receipt.kv_bytes_before_first_token <= done.receipt.kv_bytes
-            assert worker.stats().kv_faults >= 1
+            assert worker.stats().kv_faults == len(damaged), "each is counted once"
             # Without its word of the end, a stream may still have brought everything.
             assert len(transport.calls) == (1 if kind is End else 1 + rounds)
             assert len({call.lease for call in transport.calls}) == len(transport.calls)
@@ -123,5 +131,20 @@ def test_a_link_that_damages_everything_fails_the_request() -> None:
             assert isinstance(failed.error, TransferFailed)
             assert "KV did not come whole in 4 streams: KV frame checksum mismatch" in str(failed.error)
             assert failed.error.is_of_prefill
+
+    virtual_loop.run(main())
+
+
+def test_first_tokens_that_no_model_draws_are_not_computed_with() -> None:
+    async def main() -> None:
+        async with scene() as (transport, _, gateway, runner):
+            wrong = FirstToken((Sampled(runner.vocab_size),), 0.0, 0.0)
+            transport.change = lambda frame: wrong if isinstance(frame, FirstToken) else frame
+            gateway.send(submit(30, prefill_address="p"))
+            await asyncio.sleep(1)
+            [failed] = gateway.events
+            assert isinstance(failed, Failed)
+            assert isinstance(failed.error, TransferFailed)
+            assert str(failed.error) == "first tokens came that are none of 32000"
 
     virtual_loop.run(main())

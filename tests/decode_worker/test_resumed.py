@@ -75,6 +75,13 @@ GOOD = Submit("r", (1, 2, 3), SamplingParams(max_tokens=4), 0)
         (replace(GOOD, resumed=(ChoiceSoFar((1, 2, 3, 4)),)), "resumed"),
         (replace(GOOD, resumed=(ChoiceSoFar(is_finished=True),)), "resumed"),
         (replace(GOOD, token_ids=(1, 2, 3, 4, 5), prompt_tokens=1), "resumed"),
+        # Each of these would end the worker, or take all of its memory, were anything made of it first.
+        (replace(GOOD, params=SamplingParams(n=1 << 30)), "sampling_params.n"),
+        (replace(GOOD, params=SamplingParams(n=3), resumed=(ChoiceSoFar(),)), "resumed"),
+        (replace(GOOD, token_ids=(1, 32_000)), "prompt"),
+        (replace(GOOD, resumed=(ChoiceSoFar((32_000,)),)), "resumed"),
+        (replace(GOOD, deadline_s=float("nan")), "deadline_s"),
+        (replace(GOOD, tpot_s=float("inf")), "tpot_s"),
     ],
 )
 def test_what_cannot_go_on_is_refused(bad: Submit, field: str) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import msgpack
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +14,7 @@ from kvtransfer.frames import MAGIC, PREFIX, Begin, End, FirstToken, Frame, KVBl
 
 COUNTS = st.integers(0, (1 << 63) - 1)
 FLOATS = st.floats(allow_nan=False)
+SECONDS = st.floats(allow_nan=False, allow_infinity=False)
 LAYOUTS = st.builds(
     KVLayout, st.text(max_size=20), COUNTS, COUNTS, COUNTS, st.sampled_from(["float32", "bfloat16"]), COUNTS, COUNTS
 )
@@ -19,7 +22,7 @@ TOKENS = st.builds(Sampled, COUNTS, FLOATS, st.lists(st.tuples(COUNTS, FLOATS), 
 FRAMES = st.one_of(
     st.builds(Begin, COUNTS, COUNTS, COUNTS, LAYOUTS),
     st.builds(KVBlocks, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, st.binary(max_size=100)),
-    st.builds(FirstToken, st.lists(TOKENS, max_size=4).map(tuple), FLOATS, FLOATS),
+    st.builds(FirstToken, st.lists(TOKENS, max_size=4).map(tuple), SECONDS, SECONDS),
     st.builds(End, COUNTS, COUNTS),
 )
 BLOCK = KVBlocks(first_token=32, num_blocks=2, block_tokens=16, first_layer=5, num_layers=3, payload=b"0123456789")
@@ -94,6 +97,46 @@ def test_a_payload_is_sent_and_read_without_a_copy():
 def test_errors_say_what_was_found(wire: bytes, text: str):
     with pytest.raises(CorruptFrame, match=text):
         decode(wire)
+
+
+LAYOUT = {"model": "m", "dtype": "float32"} | dict.fromkeys(
+    ("num_layers", "num_kv_heads", "head_dim", "block_size", "num_blocks"), 1
+)
+TOKEN = {"kind": "token", "lease": 0, "sampled": [[1, -0.5, []]], "queue_s": 0.1, "prefill_s": 0.1}
+BEGIN = {"kind": "begin", "lease": 0, "prompt_tokens": 9, "first_token": 0, "cached_tokens": 0, "layout": LAYOUT}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [1, 2],
+        {"lease": 0},
+        {"lease": 0, "kind": ["kv"]},
+        BEGIN | {"prompt_tokens": "9"},
+        BEGIN | {"first_token": -1},
+        BEGIN | {"cached_tokens": 1 << 63},
+        BEGIN | {"layout": 3},
+        BEGIN | {"layout": LAYOUT | {"model": b"m"}},
+        BEGIN | {"layout": LAYOUT | {"dtype": "f" * 9999}},
+        TOKEN | {"sampled": [[float("inf"), 0.0, []]]},
+        TOKEN | {"sampled": [["9" * 5000, 0.0, []]]},
+        TOKEN | {"sampled": [[1, 0.0]]},
+        TOKEN | {"queue_s": float("nan")},
+        TOKEN | {"prefill_s": True},
+        {"kind": "end", "lease": 0, "kv_bytes": 1.5, "kv_bytes_before_first_token": 0},
+    ],
+)
+def test_headers_of_other_types_are_seen(header: object):
+    packed = msgpack.packb(header)
+    with pytest.raises(CorruptFrame, match="header cannot be read"):
+        decode(PREFIX.pack(MAGIC, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed)
+
+
+def test_keys_of_later_releases_are_passed_over():
+    later = TOKEN | {"colour": "blue"}
+    packed = msgpack.packb(later)
+    wire = PREFIX.pack(MAGIC, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
+    assert decode(wire) == FirstToken((Sampled(1, -0.5),), 0.1, 0.1)
 
 
 def test_ranges_are_half_open():

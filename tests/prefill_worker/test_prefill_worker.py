@@ -10,6 +10,7 @@ import pytest
 
 from cluster.planning import virtual_loop
 from engine.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch
+from engine.sampling import SamplingParams
 from kvtransfer.frames import Begin, End, FirstToken, Frame, KVBlocks
 from kvtransfer.transport import PrefillCall
 from prefill_worker.config import PrefillConfig
@@ -121,6 +122,10 @@ def test_a_deadline_ends_the_stream_and_frees_everything() -> None:
         (call(4, have_tokens=4), InvalidArgument, "have_tokens"),
         (call(4, layout=layout(model="other")), LayoutMismatch, "other"),
         (call(65), InvalidArgument, "at most 64"),
+        (call([5, 32_000]), InvalidArgument, r"prompt: got 32000, expected a token id in \[0, 32000\)"),
+        (call(4, params=SamplingParams(n=1 << 30)), InvalidArgument, "sampling_params.n"),
+        (call(4, deadline_s=float("nan")), InvalidArgument, "deadline_s"),
+        (call(4, ttft_due_s=float("inf")), InvalidArgument, "ttft_due_s"),
     ],
 )
 def test_bad_calls_are_refused_and_the_next_one_is_served(asked: PrefillCall, error: type, text: str) -> None:
