@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine import gguf_tokenizer
+from engine.chat_template import ChatTemplate
 from engine.detokenizer import BYTE_OF_CHARACTER
 from engine.gguf_tokenizer import TokenType
 from engine.tokenizer import Ends, Tokenizer
@@ -45,6 +46,7 @@ def sentencepiece_metadata() -> dict[str, Any]:
     }
 
 
-def build(metadata: dict[str, Any]) -> Tokenizer:
+def build(metadata: dict[str, Any], chat_template: str = "") -> Tokenizer:
     backend, special = gguf_tokenizer.build(metadata, "tiny.gguf")
-    return Tokenizer(backend, frozenset(special.eos), special.bos, Ends(special.first, special.last))
+    chat = ChatTemplate(chat_template, {}, "tiny.gguf") if chat_template else None
+    return Tokenizer(backend, frozenset(special.eos), special.bos, Ends(special.first, special.last), chat)
