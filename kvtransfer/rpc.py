@@ -4,13 +4,16 @@
     client: AioRpcError ─▶ error_from_rpc ─▶ the same class with the same attributes
 
 The trailing metadata `tandem-error-bin` is a msgpack map {"class", "message", "fields"[, "of_prefill"]}. A peer that
-sends none, or one that cannot be read, still gives a sensible class: the status code alone decides then.
+sends none, or one that cannot be read, still gives a sensible class: the status code alone decides then. Overloaded
+also says when to try again as gRPC itself does, in `grpc-retry-pushback-ms`: any client can read it, and one that has
+been given a retry policy keeps to it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -29,19 +32,25 @@ from engine.errors import (
     ModelFileError,
     NotFound,
     Overloaded,
+    PermissionDenied,
     TandemError,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
+    VersionMismatch,
 )
 
 ERROR_KEY = "tandem-error-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 # Trailers must stay below 8 KiB in all, and a status message is percent-encoded, which may triple it.
 MESSAGE_BYTES_MAX = 1024
 FIELD_BYTES_MAX = 512
 
 _STATUS: dict[type[TandemError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     NotFound: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Cancelled: grpc.StatusCode.CANCELLED,
@@ -49,8 +58,10 @@ _STATUS: dict[type[TandemError], grpc.StatusCode] = {
     CorruptFrame: grpc.StatusCode.DATA_LOSS,
     LayoutMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     TransferFailed: grpc.StatusCode.ABORTED,
+    VersionMismatch: grpc.StatusCode.FAILED_PRECONDITION,
 }
-_CLASS_OF_STATUS = {code: cls for cls, code in _STATUS.items()}
+# Of two classes with one status it stands for the one that came first.
+_CLASS_OF_STATUS = {code: cls for cls, code in _STATUS.items() if cls is not VersionMismatch}
 _CLASSES = {cls.__name__: cls for cls in (*_STATUS, HandedBack, ModelFileError, ConfigError, TandemError)}
 # The attributes of each class, with what stands in for one that did not arrive.
 _FIELDS: dict[type[TandemError], dict[str, str | float]] = {
@@ -108,6 +119,8 @@ def error_from_status(code: grpc.StatusCode, details: str) -> TandemError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         # gRPC reports a message above its limit as exhaustion, but trying again would not help.
         return InvalidArgument("message", details, "a smaller message")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "metadata size exceeds" in details:
+        return InvalidArgument("metadata", details, "less metadata: a shorter key or token")
     cls = _CLASS_OF_STATUS.get(code)
     if cls is None:
         return TandemError(f"{code.name}: {details}")
@@ -130,7 +143,10 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> TandemError:
 async def abort_with(error: TandemError, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
     """Ends a call on the server's side with `error`."""
     details = _cut(str(error), MESSAGE_BYTES_MAX)
-    await context.abort(status_of(error), details, ((ERROR_KEY, error_to_bytes(error)),))
+    trailing: list[tuple[str, str | bytes]] = [(ERROR_KEY, error_to_bytes(error))]
+    if isinstance(error, Overloaded):
+        trailing.append((PUSHBACK_KEY, str(math.ceil(1000 * error.retry_after_s))))
+    await context.abort(status_of(error), details, tuple(trailing))
     raise AssertionError("abort always raises")
 
 
@@ -153,11 +169,18 @@ async def rpc_errors() -> AsyncIterator[None]:
 
 class MessageReader(Generic[Message]):
     """The messages of one call, parsed by `parse`. Asks gRPC for the next only when it is asked itself: the reader
-    pulls. Whatever ends the call early is raised as a TandemError, again and again if need be."""
+    pulls. Whatever ends the call early is raised as a TandemError, again and again if need be; so is what `agree`
+    raises, which is awaited with the first."""
 
-    def __init__(self, rpc: AsyncIterable[bytes], parse: Callable[[bytes], Message]) -> None:
+    def __init__(
+        self,
+        rpc: AsyncIterable[bytes],
+        parse: Callable[[bytes], Message],
+        agree: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._messages = aiter(rpc)
         self._parse = parse
+        self._agree = agree
         self._error: TandemError | None = None
 
     def __aiter__(self) -> AsyncIterator[Message]:
@@ -169,6 +192,10 @@ class MessageReader(Generic[Message]):
         try:
             async with rpc_errors():
                 message = await anext(self._messages, None)
+                if self._agree is not None:
+                    # Not before: a call that was refused has said nothing but why.
+                    agree, self._agree = self._agree, None
+                    await agree()
             if message is not None:
                 return self._parse(message)
         except TandemError as error:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc.aio
 
+from kvtransfer.rpc_tls import Stamp, Tls
+
 # Far above any KV frame (2 MiB by default) and any prompt (a million token ids take some 4 MiB).
 MAX_MESSAGE_BYTES = 64 << 20
+
+# Channels that are kept. Workers that restart mostly have another address.
+MAX_CHANNELS = 1024
 
 Option = tuple[str, int]
 
@@ -67,21 +74,30 @@ KEEP_ALIVE = KeepAlive()
 FLOW = Flow()
 
 
-def common_options(keepalive: KeepAlive, max_message_bytes: int, flow: Flow) -> list[Option]:
+def common_options(keepalive: KeepAlive, flow: Flow) -> list[Option]:
     """Options that both ends of a connection set."""
-    return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        *keepalive.options(),
-        *flow.options(),
-    ]
+    return [("grpc.max_send_message_length", MAX_MESSAGE_BYTES), *keepalive.options(), *flow.options()]
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A channel, the certificates that it connects with, and how many calls are using it."""
+
+    channel: grpc.aio.Channel
+    stamp: Stamp | None
+    calls: int = 0
 
 
 class Channels:
-    """One channel per address, opened on first use, kept until `close`. Belongs to one event loop.
+    """One channel per address, opened on first use. Belongs to one event loop. Of those that nobody uses (`use`), the
+    ones that were opened first go when there are more than `max_channels`; the others stay until `close`.
 
     `connect_timeout_s` bounds a single attempt to connect. Calls fail at once while an address refuses connections,
     and a new attempt is made at most two seconds after the last.
+
+    With `tls` every connection is encrypted, shows this end's certificate, and is made only to those whose certificate
+    of the same CA names `peer`. When the certificates change, new calls get a new channel; the one before is closed
+    when the last of its calls has ended.
     """
 
     def __init__(
@@ -89,29 +105,75 @@ class Channels:
         *,
         keepalive: KeepAlive = KEEP_ALIVE,
         flow: Flow = FLOW,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
         connect_timeout_s: float = 5.0,
+        max_channels: int = MAX_CHANNELS,
+        tls: Tls | None = None,
+        peer: str = "",
     ) -> None:
-        self._options = [
-            *common_options(keepalive, max_message_bytes, flow),
+        self._tls = tls
+        self._options: list[tuple[str, int | str]] = [
+            *common_options(keepalive, flow),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             # Connections are this object's own: closing one set of channels never touches another's.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.min_reconnect_backoff_ms", round(connect_timeout_s * 1000)),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        if peer:
+            # Workers come and go under any address: a certificate says what its holder is, not where.
+            self._options.append(("grpc.ssl_target_name_override", peer))
+        self._channels: dict[str, _Open] = {}
+        self._max_channels = max_channels
+        self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, address: str) -> grpc.aio.Channel:
-        """The channel to `address` ("host:port"). Does not wait for a connection."""
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
-        return channel
+        """The channel to `address` ("host:port"), for a short call. Does not wait for a connection."""
+        return self._get(address).channel
+
+    @contextmanager
+    def use(self, address: str) -> Iterator[grpc.aio.Channel]:
+        """As `get`, and the channel stays at least as long as the context lasts."""
+        found = self._get(address)
+        found.calls += 1
+        try:
+            yield found.channel
+        finally:
+            found.calls -= 1
+            if self._channels.get(address) is not found:
+                self._close_unused(found)
+            self._clear_away()
 
     async def close(self) -> None:
         """Ends all calls that are still under way."""
-        channels = list(self._channels.values())
+        channels = [found.channel for found in self._channels.values()]
         self._channels.clear()
         for channel in channels:
             await channel.close()
+        await asyncio.gather(*self._closing)
+
+    def _get(self, address: str) -> _Open:
+        stamp = self._tls.files().stamp if self._tls is not None else None
+        found = self._channels.get(address)
+        if found is None or found.stamp != stamp:
+            before, found = found, _Open(self._open(address), stamp)
+            self._channels[address] = found
+            if before is not None:
+                self._close_unused(before)
+        return found
+
+    def _clear_away(self) -> None:
+        spare = max(0, len(self._channels) - self._max_channels)
+        for address in [address for address, found in self._channels.items() if not found.calls][:spare]:
+            self._close_unused(self._channels.pop(address))
+
+    def _open(self, address: str) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(address, options=self._options)
+        return grpc.aio.secure_channel(address, self._tls.channel_credentials(), options=self._options)
+
+    def _close_unused(self, found: _Open) -> None:
+        if found.calls == 0:
+            task = asyncio.get_running_loop().create_task(found.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

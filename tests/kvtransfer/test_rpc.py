@@ -23,8 +23,10 @@ from engine.errors import (
     ModelFileError,
     NotFound,
     Overloaded,
+    PermissionDenied,
     TandemError,
     TransferFailed,
+    Unauthenticated,
     Unavailable,
 )
 from engine.sampling import SamplingParams
@@ -32,6 +34,7 @@ from kvtransfer import rpc
 from kvtransfer.frames import Frame
 from kvtransfer.grpc_transport import GrpcPrefillTransport
 from kvtransfer.rpc_channel import Channels
+from kvtransfer.rpc_limits import PortLimits
 from kvtransfer.rpc_server import RpcServer, start_server
 from kvtransfer.transport import PrefillCall
 from prefill_worker.server import prefill_service
@@ -42,6 +45,7 @@ PREFILL = "/tandem.v1.PrefillWorker/Prefill"
 ERRORS = [
     (InvalidArgument("sampling_params.top_p", 7.5, "a number in (0, 1]"), grpc.StatusCode.INVALID_ARGUMENT),
     (NotFound("model", "gpt-9", "smollm2"), grpc.StatusCode.NOT_FOUND),
+    (PermissionDenied("this is for operators"), grpc.StatusCode.PERMISSION_DENIED),
     (Overloaded("the prefill queue is full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineExceeded("prefill queue"), grpc.StatusCode.DEADLINE_EXCEEDED),
     (Cancelled("the client left"), grpc.StatusCode.CANCELLED),
@@ -95,6 +99,15 @@ async def test_every_error_keeps_class_message_and_attributes(error, code):
     assert arrived.__cause__.code() is code
 
 
+async def test_why_a_caller_is_not_known_stays_on_this_side():
+    async with serving(Unauthenticated("the key is not valid", "a wrong key of acme")) as (server, channels):
+        arrived = await call_error(server, channels)
+    assert type(arrived) is Unauthenticated
+    assert (str(arrived), arrived.detail) == ("the key is not valid", "")
+    assert arrived.__cause__.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert b"acme" not in rpc.error_to_bytes(Unauthenticated("the key is not valid", "a wrong key of acme"))
+
+
 async def test_an_unknown_subclass_arrives_as_its_nearest_known_base():
     class PoolFull(Overloaded):
         pass
@@ -133,14 +146,14 @@ async def test_a_request_that_cannot_be_parsed_is_an_invalid_argument():
 
 
 async def test_an_oversized_message_is_refused_and_the_service_goes_on():
-    async with serving(NotFound("model", "m"), max_message_bytes=1000) as (server, channels):
+    async with serving(NotFound("model", "m"), limits=PortLimits(request_bytes=1000)) as (server, channels):
         long = PrefillCall("r", tuple(range(100_000)), SamplingParams(), 0, 0, CALL.layout)
         assert isinstance(await call_error(server, channels, long), InvalidArgument)
         assert isinstance(await call_error(server, channels), NotFound)
 
 
 async def test_too_many_calls_at_once_are_overload():
-    async with serving(NotFound("model", "m"), max_concurrent_calls=1) as (server, channels):
+    async with serving(NotFound("model", "m"), limits=PortLimits(calls=1)) as (server, channels):
         watch = channels.get(server.address).unary_stream("/grpc.health.v1.Health/Watch")(b"")
         await anext(aiter(watch))
         assert isinstance(await call_error(server, channels), Overloaded)

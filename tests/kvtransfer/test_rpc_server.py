@@ -4,14 +4,18 @@ import asyncio
 import socket
 from contextlib import asynccontextmanager
 
+import grpc
+import grpc.aio
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, Unauthenticated
 from kvtransfer.rpc_channel import Channels
+from kvtransfer.rpc_handlers import refusal
+from kvtransfer.rpc_limits import PortLimits
 from kvtransfer.rpc_server import RpcService, start_server
 from prefill_worker.server import DESCRIPTOR, prefill_service
 
@@ -58,17 +62,21 @@ async def health(channel, service: str) -> int:
 
 async def test_health_tells_live_from_ready():
     async with serving() as (server, channel):
-        assert await health(channel, "") == SERVING
-        assert await health(channel, PREFILL) == SERVING
+        for service in ("liveness", "", PREFILL):
+            assert await health(channel, service) == SERVING
         await server.set_ready(False)
-        assert await health(channel, "") == SERVING
+        assert await health(channel, "liveness") == SERVING
+        assert await health(channel, "") == NOT_SERVING
         assert await health(channel, PREFILL) == NOT_SERVING
         await server.set_ready(True, PREFILL)
         assert await health(channel, PREFILL) == SERVING
+        assert await health(channel, "") == NOT_SERVING
 
 
 async def test_a_server_can_start_unready():
     async with serving(ready=False) as (_, channel):
+        assert await health(channel, "liveness") == SERVING
+        assert await health(channel, "") == NOT_SERVING
         assert await health(channel, PREFILL) == NOT_SERVING
 
 
@@ -131,6 +139,37 @@ async def test_stop_waits_for_the_handlers_cleanup():
     assert service.cleaned
     call.cancel()
     await channels.close()
+
+
+async def test_a_handler_can_be_chosen_for_each_call_by_its_metadata(caplog):
+    """A refusal comes before the request is read; a bug in choosing is hidden and logged as one in a handler is."""
+    (plain,) = prefill_service(Silent()).handlers.values()
+
+    def choose(metadata):
+        match dict(metadata).get("who"):
+            case "known":
+                return plain
+            case "broken":
+                raise ZeroDivisionError("the secret is 42")
+        return refusal(Unauthenticated("nobody knows you", ""), peers.append)
+
+    async def error(**metadata):
+        call = channels.get(server.address).unary_unary(f"/{PREFILL}/Prefill")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\xff" * 1000, metadata=tuple(metadata.items()), timeout=5)
+        return caught.value.code(), caught.value.details()
+
+    peers: list[str] = []
+    limits = PortLimits(request_bytes=2000)
+    server = await start_server("127.0.0.1:0", [RpcService(DESCRIPTOR, {"Prefill": choose})], limits=limits)
+    channels = Channels()
+    assert (await error(who="known"))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert await error() == (grpc.StatusCode.UNAUTHENTICATED, "nobody knows you")
+    assert [peer.rpartition(":")[0] for peer in peers] == ["ipv4:127.0.0.1"]
+    assert await error(who="broken") == (grpc.StatusCode.INTERNAL, "internal error")
+    assert [record.exc_info is not None for record in caplog.records] == [False, True]
+    await channels.close()
+    await server.stop()
 
 
 def test_services_must_be_complete():
