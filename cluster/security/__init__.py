@@ -1,0 +1,1 @@
+"""Who may do what: certificates, clients' keys and quotas, tickets for KV streams."""
