@@ -30,19 +30,21 @@ def chaos_command() -> Callable[..., None]:
         decode: Annotated[int, typer.Option("--decode", metavar="N", help="Number of decode workers.")] = 2,
         as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     ) -> None:
-        """Runs a local cluster under load, kills or stops its workers, and reports what clients saw. Exit code 1 when
-        an answer was wrong or missing, or something is left behind."""
+        """Runs a local cluster under load, with faults on its workers and links, and reports what clients saw. Exit
+        code 1 when an answer was wrong or missing, something is left behind or was held too long, or a damaged KV
+        frame went unnoticed."""
         from cluster.chaos.plan import read_plan
         from cluster.commands.chaos import chaos as disturb
         from cluster.config import load
+        from cluster.worker_spec import worker_names
 
-        read = read_plan(plan)
+        flags = {"--prefill": prefill, "--decode": decode, "--address": "none", "--grpc-port": 0}
+        loaded = load(config, flags)
+        read = read_plan(plan, [worker_id for _, worker_id in worker_names(loaded.cluster)])
         if seconds is not None:
             if not seconds > 0:
                 raise ConfigError(f"--seconds: got {seconds:g}, expected more than 0")
             read = read.model_copy(update={"seconds": seconds})
-        flags = {"--prefill": prefill, "--decode": decode, "--address": "none", "--grpc-port": 0}
-        loaded = load(config, flags)
         # Workers that are killed on purpose are started again however often that is.
         cluster = loaded.cluster.model_copy(update={"max_restarts": 1_000_000})
         if not run(disturb(loaded.model_copy(update={"cluster": cluster}), read, as_json=as_json)):
