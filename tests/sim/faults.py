@@ -4,7 +4,7 @@
                                      ⟲ frozen: computes nothing, says nothing, cannot be reached
                                      ⟲ cut off: cannot be reached, computes on
 
-KV frames are changed, repeated, lost and held back on their way.
+KV frames are changed, repeated, lost and held back on their way, and some clients are slow to read.
 When the faults stop, everything that clients asked for must come to its end.
 """
 
@@ -28,6 +28,7 @@ from kvtransfer.frames import Frame
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.worker import PrefillWorker
+from tests.sim.traffic import Client
 from tests.sim.world import FREED_WITHIN_S, MODEL, WatchedRunner, World
 
 # After so long a silence a peer counts as gone.
@@ -122,6 +123,7 @@ class FaultWorld(World):
         super().__init__(seed, requests, rate_s, schedule_ahead=seed % 3 == 2, max_steps=32 if seed % 3 == 1 else 1)
         self.dice = random.Random(f"faults of {seed}")
         self.faults = draw_faults(self.dice)
+        self._slow_down(self.clients)
         self.freed_within_s = FREED_WITHIN_S + KEEPALIVE_S + 4 * self.shape.latency_s
         link = Link(self.shape.latency_s, self.shape.bandwidth_bytes_s, self.shape.window, KEEPALIVE_S)
         self.prefill_network: MemoryNetwork[PrefillService] = MemoryNetwork(link)
@@ -139,6 +141,11 @@ class FaultWorld(World):
             )
         }
         self._gateway_of_all: Gateway | None = None
+
+    def _slow_down(self, clients: list[Client]) -> None:
+        """Some of them."""
+        for client in clients:
+            client.reads_after_s = self.dice.choice([0.0] * 6 + [0.01, 0.5])
 
     def network(self, role: Role) -> MemoryNetwork[PrefillService] | MemoryNetwork[DecodeService]:
         return self.prefill_network if role == "prefill" else self.decode_network
@@ -226,26 +233,31 @@ class FaultWorld(World):
 
     async def _disturb(self) -> None:
         """Until shortly after the last client has come."""
-        dice, until_s = self.dice, self.clients[-1].arrives_s + 1.0
+        until_s = self.clients[-1].arrives_s + 1.0
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as under_way:
             while loop.time() < until_s:
-                await asyncio.sleep(dice.expovariate(self.faults.events_per_s))
-                keeper = dice.choice(list(self._keepers.values()))
-                if not keeper.is_well:
-                    continue
-                match dice.choice(["kill", "kill", "cut", "freeze"]):
-                    case "kill":
-                        self.deaths += 1
-                        keeper.kill()
-                    case "cut":
-                        self.cuts += 1
-                        under_way.create_task(keeper.cut(dice.choice([0.05, 0.5, 3.0])))
-                    case _:
-                        self.freezes += 1
-                        under_way.create_task(keeper.freeze(dice.choice([0.05, 0.5, 3.0])))
+                await asyncio.sleep(self.dice.expovariate(self.faults.events_per_s))
+                self._befall(under_way)
         self._is_peace = True
         await asyncio.Event().wait()
+
+    def _befall(self, under_way: asyncio.TaskGroup) -> None:
+        """One fault, to one worker; none where it has one already."""
+        dice = self.dice
+        keeper = dice.choice(list(self._keepers.values()))
+        if not keeper.is_well:
+            return
+        match dice.choice(["kill", "kill", "cut", "freeze"]):
+            case "kill":
+                self.deaths += 1
+                keeper.kill()
+            case "cut":
+                self.cuts += 1
+                under_way.create_task(keeper.cut(dice.choice([0.05, 0.5, 3.0])))
+            case _:
+                self.freezes += 1
+                under_way.create_task(keeper.freeze(dice.choice([0.05, 0.5, 3.0])))
 
 
 def simulate(seed: int, requests: int, rate_s: float | None = None) -> FaultWorld:

@@ -108,7 +108,7 @@ class FlippingWorld(World):
             partial(self._decode_loop, runner, name),
             role,
             worker_id=name,
-            drain_limit_s=rng.choice([0.05, 10.0, 10.0]),
+            flip_limit_s=rng.choice([0.05, 10.0, 10.0]),
         )
 
     def _prefill_loop(self, runner: WatchedRunner, name: str) -> PrefillWorker:

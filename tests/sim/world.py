@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import get_args
+from itertools import count
+from typing import cast, get_args
 
 from cluster.gateway import Gateway
 from cluster.gateway_config import GatewayConfig, ObjectivesConfig, Policy, RouterConfig
 from cluster.heartbeat import report_forever
 from cluster.kv_reporter import KVReporter
 from cluster.links import DecodeLinks
-from cluster.messages import ModelInfo
+from cluster.messages import Chunk, Complete, ModelInfo
 from cluster.planning import virtual_loop
 from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
 from decode_worker.config import DecodeConfig
@@ -30,6 +32,7 @@ from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout, LayerListener, StepOutput
 from engine.emulated_runner import EmulatedRunner
 from engine.errors import TandemError
+from engine.pulse import CANARY
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.config import PrefillConfig
@@ -115,6 +118,8 @@ class WatchedRunner(EmulatedRunner):
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         now = asyncio.get_running_loop().time()
         for row in batch.rows:
+            if row.seq_id == CANARY:
+                continue
             found = re.search(r"q\d+", row.seq_id)
             assert found, f"{row.seq_id} does not name its request"
             client = self.clients[found.group()]
@@ -137,6 +142,8 @@ class World:
         self.routing = draw_routing(random.Random(f"routing of {seed}"))
         self.clients = draw_clients(rng, requests, rate_s or rng.choice([5.0, 30.0, 100.0]))
         self._rng = rng
+        # As in a real worker: no two, nor two lives of one, count from the same number.
+        self._lease_starts = random.Random(f"leases of {seed}")
         self._schedule_ahead = schedule_ahead
         self._max_steps = max_steps
         self.freed_within_s = FREED_WITHIN_S
@@ -151,6 +158,15 @@ class World:
 
     async def run(self) -> None:
         """Serves every client, then checks that nothing is left anywhere."""
+        async with self._running() as (gateway, tasks):
+            await self._serve_all(gateway, tasks)
+            await self._peace()
+            await asyncio.sleep(self.freed_within_s)
+            self._check_empty(gateway)
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[tuple[Gateway, list[asyncio.Task[None]]]]:
+        """The cluster, and the tasks of all that is not its clients. Nothing of it is left afterwards."""
         async with AsyncExitStack() as stack:
             tasks = self._start_workers()
             links = DecodeLinks(MemoryDecodeTransport(self.decode_network))
@@ -158,22 +174,22 @@ class World:
             tasks += self._start_heartbeats(gateway)
             stack.push_async_callback(_stop, tasks)
             stack.push_async_callback(links.close)
-            clients = asyncio.gather(*(self._serve(client, gateway) for client in self.clients))
-            # A worker's loop that dies takes the run with it, instead of leaving everybody waiting.
-            limit_s = self.clients[-1].arrives_s + PATIENCE_S
-            await asyncio.wait([clients, *tasks], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
-            waiting = [client.request.request_id for client in self.clients if client.ended_s is None]
-            assert clients.done(), f"{waiting} have not ended after {limit_s:.0f} s"
-            await clients
-            await self._peace()
-            await asyncio.sleep(self.freed_within_s)
-            self._check_empty(gateway)
+            yield gateway, tasks
         assert not self.decode_network.open_streams(), "token streams are still open"
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, f"tasks are left: {left}"
+
+    async def _serve_all(self, gateway: Gateway, tasks: list[asyncio.Task[None]]) -> None:
+        clients = asyncio.gather(*(self._serve(client, gateway) for client in self.clients))
+        # A worker's loop that dies takes the run with it, instead of leaving everybody waiting.
+        limit_s = self.clients[-1].arrives_s - asyncio.get_running_loop().time() + PATIENCE_S
+        await asyncio.wait([clients, *tasks], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+        waiting = [client.request.request_id for client in self.clients if client.ended_s is None]
+        assert clients.done(), f"{waiting} have not ended after {limit_s:.0f} s"
+        await clients
 
     def check_clients(self) -> None:
         # Handing an error back to the client takes no virtual time, so a deadline is met to the instant.
@@ -199,8 +215,11 @@ class World:
         limit = asyncio.timeout(client.cancel_after_s)
         try:
             async with limit:
-                async for part in gateway.generate(client.request):
-                    client.take(part)
+                answer = cast(AsyncGenerator[Chunk | Complete, None], gateway.generate(client.request))
+                async with aclosing(answer) as parts:
+                    async for part in parts:
+                        client.take(part)
+                        await asyncio.sleep(client.reads_after_s)
         except TandemError as error:
             client.error = error
         except TimeoutError:
@@ -239,6 +258,7 @@ class World:
             eos_token_ids=frozenset({EOS}),
             max_context=MAX_CONTEXT,
             prefix_cache=shape.prefix_cache,
+            leases=count(self._lease_starts.getrandbits(62)),
         )
 
     def _kv_transport(self) -> MemoryPrefillTransport:
