@@ -5,6 +5,10 @@
 #   make test    format, lint, types, import directions and every test, in some minutes
 #   make check   the same without the tests
 #   make test-nightly   the long tests too
+#   make chaos   four minutes of faults of every kind on a local cluster under load; CHAOS_FLAGS= for other plans
+#   make bench-partition   a real link between two network namespaces that loses packets and fails; needs root
+#   make fuzz    a million inputs for every parser of what comes from elsewhere; FUZZ_FLAGS= for fewer. Installs atheris
+#   make soak    two hours of mixed load on real processes: does anything grow, is anything left behind?
 #   make bench-first-token, bench-disconnect   what the split costs, for docs/performance.md
 #   make bench-engine   our engine on this CPU beside others; WRITE=1 puts the tables into docs/performance.md
 #                VLLM_PYTHON= HF_FOLDER= [VLLM_PRELOAD=] and LLAMA_BIN= GGUF= name those that are not transformers
@@ -22,6 +26,8 @@ TORCH := torch==2.13.0
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+FUZZ_FLAGS ?=
+CHAOS_FLAGS ?= --plan bench/chaos_plan.yaml --config bench/chaos_cluster.yaml
 # The Python that sees the GPU.
 GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
 # Most of a GPU test's time is compiling, on one core: where pytest-xdist is at hand, on all.
@@ -33,8 +39,8 @@ write = $(if $(WRITE),--write $(1))
 # Several processes share the cores: a thread that waits must not spin on one that another could use.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve test test-nightly test-gpu check model clean install cuda-device
-.PHONY: bench-first-token bench-disconnect bench-engine bench-kernels bench-gpu
+.PHONY: demo serve soak fuzz test test-nightly test-gpu check model clean install cuda-device
+.PHONY: chaos bench-partition bench-first-token bench-disconnect bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
 	@$(BIN)/tandem demo
@@ -57,6 +63,19 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+chaos: model
+	@$(BIN)/tandem chaos $(CHAOS_FLAGS)
+
+bench-partition: model
+	$(BIN)/python -m bench.partition $(BENCH_FLAGS)
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.campaign $(FUZZ_FLAGS)
+
+soak: model
+	$(BIN)/python -m bench.soak $(BENCH_FLAGS)
 
 bench-first-token: model
 	$(BIN)/python -m bench.first_token $(BENCH_FLAGS)

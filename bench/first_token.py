@@ -31,6 +31,7 @@ from cluster.gateway_process import running_gateway
 from cluster.heartbeat import report_forever
 from cluster.registry import WorkerReport
 from cluster.registry_server import send_heartbeat
+from cluster.security.tickets import Holder
 from cluster.served_model import served_name
 from cluster.worker_process import run_worker
 from cluster.worker_spec import WorkerSpec
@@ -59,12 +60,13 @@ class Arguments(argparse.Namespace):
 
 
 async def serve_others(config: TandemConfig) -> None:
-    """The child process: gateway and decode worker. Prints the gateway's address and runs until stdin closes."""
+    """The child process: gateway and decode worker. Prints the gateway's addresses, for clients and for workers, and
+    runs until stdin closes."""
     files = resolve(config.engine.model)
     async with running_gateway(config, files, "127.0.0.1") as gateway:
-        spec = WorkerSpec("decode", "decode-0", gateway.address)
+        spec = WorkerSpec("decode", "decode-0", gateway.registry_address)
         worker = asyncio.create_task(run_worker(spec, config, incarnation=1))
-        print(gateway.address, flush=True)
+        print(gateway.address, gateway.registry_address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
         worker.cancel()
         with suppress(asyncio.CancelledError):
@@ -72,8 +74,8 @@ async def serve_others(config: TandemConfig) -> None:
 
 
 @asynccontextmanager
-async def others(arguments: Arguments) -> AsyncIterator[str]:
-    """Starts the child process and yields the gateway's address."""
+async def others(arguments: Arguments) -> AsyncIterator[list[str]]:
+    """Starts the child process and yields the gateway's two addresses."""
     command = [sys.executable, "-m", "bench.first_token", "--others", "--model", arguments.model]
     pipe = asyncio.subprocess.PIPE
     root = Path(__file__).parents[1]
@@ -81,7 +83,7 @@ async def others(arguments: Arguments) -> AsyncIterator[str]:
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        yield (await child.stdout.readline()).decode().strip()
+        yield (await child.stdout.readline()).decode().split()
     finally:
         child.stdin.close()
         await child.wait()
@@ -99,9 +101,11 @@ async def prefill_side(engine: Engine, config: TandemConfig, gateway: str) -> As
         stack.push_async_callback(channels.close)
 
         def report() -> WorkerReport:
-            return WorkerReport("prefill-0", "prefill", server.address, 1, name, worker.stats())
+            stats = worker.stats()
+            return WorkerReport("prefill-0", "prefill", server.address, 1, name, stats, public_key=holder.public_key)
 
-        send = partial(send_heartbeat, channels.get(gateway))
+        holder = Holder()
+        send = partial(send_heartbeat, channels, gateway)
         changed = asyncio.Event()
         tasks = [
             asyncio.create_task(worker.run()),
@@ -146,9 +150,9 @@ async def measure(arguments: Arguments, config: TandemConfig) -> list[tuple[floa
     rng = random.Random(0)
     rounds: list[tuple[float, float, float]] = []
     async with (
-        others(arguments) as gateway,
-        Client(gateway, timeout_s=300) as client,
-        prefill_side(engine, config, gateway),
+        others(arguments) as (address, registry_address),
+        Client(address, timeout_s=300) as client,
+        prefill_side(engine, config, registry_address),
     ):
         while len((await client.status()).workers) < 2:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.1)

@@ -12,6 +12,7 @@ from functools import partial
 
 from cluster.gateway import Gateway
 from cluster.gateway_config import GatewayConfig
+from cluster.gateway_process import call_limits, port_limits
 from cluster.heartbeat import report_forever
 from cluster.inference_server import inference_service
 from cluster.links import DecodeLinks
@@ -26,6 +27,7 @@ from engine.batch import Runner
 from engine.tokenizer import Tokenizer
 from kvtransfer.grpc_transport import GrpcPrefillTransport
 from kvtransfer.rpc_channel import Channels
+from kvtransfer.rpc_limits import CallLimits, PortLimits
 from kvtransfer.rpc_server import RpcService, start_server
 from prefill_worker.config import PrefillConfig
 from prefill_worker.server import prefill_service
@@ -61,8 +63,11 @@ async def serving(
     prefill_config: PrefillConfig | None = None,
     decode_config: DecodeConfig | None = None,
     prefix_cache: bool = True,
+    limits: CallLimits | None = None,
+    port: PortLimits | None = None,
 ) -> AsyncIterator[Service]:
-    """Runs a gateway and one worker per runner until the context ends. A worker's crash is raised at the end."""
+    """Runs a gateway and one worker per runner until the context ends. A worker's crash is raised at the end. `limits`
+    of clients' calls, and of the gateway's port, are the service's own where None are given."""
     async with AsyncExitStack() as stack:
         config = gateway_config or GatewayConfig(heartbeat_interval_s=0.2, fresh_s=2.0)
         links = DecodeLinks(transport := GrpcDecodeTransport())
@@ -70,8 +75,9 @@ async def serving(
         stack.push_async_callback(links.close)
         registry = Registry(config.fresh_s, config.expire_s)
         gateway = Gateway(tokenizer, model, registry, links, config, random.Random(0))
-        services = [inference_service(gateway), registry_service(gateway.heartbeat)]
-        server = await start_server("127.0.0.1:0", services)
+        inference = inference_service(gateway, max_prompt_chars=config.max_prompt_chars)
+        services = [inference.within(limits or call_limits(config)), registry_service(gateway.heartbeat)]
+        server = await start_server("127.0.0.1:0", services, limits=port or port_limits(config))
         stack.push_async_callback(server.stop)
         join = partial(_join, stack, model.name, server.address)
         prefill: list[PrefillWorker] = []
@@ -115,7 +121,7 @@ async def _join(
     stack.push_async_callback(server.stop)
     channels = Channels()
     stack.push_async_callback(channels.close)
-    send = partial(send_heartbeat, channels.get(gateway))
+    send = partial(send_heartbeat, channels, gateway)
 
     def report() -> WorkerReport:
         return WorkerReport(worker.worker_id, role, server.address, 1, model, worker.stats())

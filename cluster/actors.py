@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import ray.util
 import uvloop
 
-from cluster.config import TandemConfig, from_json
+from cluster.config import from_json
+from cluster.watchdog import Watchdog
 from cluster.worker_spec import WorkerSpec
 from engine.errors import TandemError
 
@@ -43,8 +44,8 @@ class WorkerActor:
         self._rendezvous: Rendezvous | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._leave: asyncio.Event | None = None
-        self._is_stopping = False
+        self._watchdog: Watchdog | None = None
+        self._is_serving = self._is_stopping = False
 
     def rendezvous(self) -> str:
         """Where the other ranks of the next `run` find this one: HOST:PORT."""
@@ -61,14 +62,27 @@ class WorkerActor:
         broken must not linger.
         """
 
+        def serving(address: str) -> None:
+            self._is_serving = True
+
         # Not a method: Ray would take a class with coroutines for an asyncio actor and call `run` in its own loop.
         async def serve() -> None:
-            self._leave = leave = asyncio.Event()
+            # Imported here, as above; and before the watchdog looks on: the loop does not turn meanwhile.
+            from cluster.worker_process import run_worker
+
+            self._watchdog = watchdog = Watchdog()
             self._task = asyncio.current_task()
             self._loop = asyncio.get_running_loop()
-            # After the three above: either `stop` finds them, or its flag is found here.
+            # After those above: either `stop` finds them, or its flag is found here.
             if not self._is_stopping:
-                await _run_worker(self._spec, self._config, self._incarnation, self._rendezvous, leave)
+                await run_worker(
+                    self._spec,
+                    self._config,
+                    incarnation=self._incarnation,
+                    serving=serving,
+                    rendezvous=self._rendezvous,
+                    watchdog=watchdog,
+                )
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -79,6 +93,9 @@ class WorkerActor:
             return str(error)
         except BaseException as error:  # The top of a process: whatever it is, the process must not outlive it.
             raise _crashed(error) from None
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
         return ""
 
     def crash(self) -> None:
@@ -86,20 +103,15 @@ class WorkerActor:
         os._exit(1)
 
     def stop(self) -> None:
-        """Asks the worker to drain and end; does not wait."""
+        """Asks the worker to drain and end, within `drain_s` and a little more; does not wait."""
         self._is_stopping = True
+        if self._watchdog is not None:
+            self._watchdog.end_worker_within(self._config.cluster.drain_s, is_serving=self._is_serving)
         if self._loop is not None and self._task is not None:
             self._loop.call_soon_threadsafe(self._task.cancel)
 
     def wait(self) -> None:
         """Returns: this process is there."""
-
-    def leave(self) -> None:
-        """Asks the worker to drain, at its leisure, and to end; does not wait."""
-        if self._loop is not None and self._leave is not None:
-            self._loop.call_soon_threadsafe(self._leave.set)
-        else:
-            self._is_stopping = True
 
 
 class RankActor:
@@ -136,12 +148,3 @@ def _crashed(error: BaseException) -> Crashed:
     # Not sys.exit: in a thread that would end the thread only.
     threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
     return Crashed(f"{type(error).__name__}: {error}")
-
-
-async def _run_worker(
-    spec: WorkerSpec, config: TandemConfig, incarnation: int, rendezvous: Rendezvous | None, leave: asyncio.Event
-) -> None:
-    # Imported here, as above.
-    from cluster.worker_process import run_worker
-
-    await run_worker(spec, config, incarnation=incarnation, rendezvous=rendezvous, leave=leave)

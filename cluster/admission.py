@@ -18,6 +18,8 @@ from engine.slack_queue import PATIENCE_S
 FIRST_GUESS_S = 1.0
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
+# Entries of those that left are cleared away when there are so many.
+TIDY_AT_LEAST = 64
 
 Ticket = asyncio.Future[None]
 
@@ -41,7 +43,7 @@ class Admission:
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
-        # In order of (due, number of its entry). Those that left stay until their turn comes.
+        # In order of (due, number of its entry). Those that left stay until their turn, or until there are too many.
         self._order: list[tuple[float, int, Ticket]] = []
         self._waiting: set[Ticket] = set()
         self._entered = 0
@@ -99,6 +101,7 @@ class Admission:
         finally:
             if not called:
                 self._waiting.discard(ticket)
+                self._tidy()
                 # Called and cancelled in the same moment: the place is ours and must go on to the next.
                 if ticket.done() and not ticket.cancelled():
                     self._leave()
@@ -113,6 +116,12 @@ class Admission:
             self._waiting.discard(ticket)
         self.running_count -= 1
         assert self.running_count >= 0, "a place was given back twice"
+
+    def _tidy(self) -> None:
+        """While all places are taken, whoever comes and goes would otherwise stay in the order."""
+        if len(self._order) > TIDY_AT_LEAST + 2 * len(self._waiting):
+            self._order = [entry for entry in self._order if entry[2] in self._waiting]
+            heapq.heapify(self._order)
 
     def _retry_after_s(self) -> float:
         """Until all that wait now have got a place, at the pace of the last requests."""

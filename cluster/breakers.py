@@ -66,6 +66,10 @@ class Breakers:
         breaker.timer = loop.call_later(shun_s, self._half_open, worker_id, breaker)
         self._view.shun(worker_id)
 
+    def suspects(self, worker_id: str) -> bool:
+        """Whether it has failed, and not shown since that it can."""
+        return worker_id in self._breakers
+
     def heard(self, report: WorkerReport) -> None:
         """Call before the view takes the report."""
         breaker = self._breakers.get(report.worker_id)

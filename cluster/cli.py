@@ -1,4 +1,4 @@
-"""The command line: `tandem serve | generate | status | bench | plan | emulate | chaos | profile | worker | demo | …`.
+"""The command line: `tandem serve | generate | status | bench | plan | emulate | chaos | certs | keys | worker | …`.
 
 Exit codes: 0 done; 2 a usage error or anything of the TandemError tree, with one line on stderr; 130 after Ctrl-C.
 What a command needs is imported inside it: torch, grpc and Ray take seconds, and `tandem --help` must not.
@@ -19,8 +19,10 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from cluster.client_access import read_access
 from cluster.commands.cli_bench import bench_command
 from cluster.commands.cli_chaos import chaos_command
+from cluster.commands.cli_keys import keys_commands
 from cluster.commands.cli_planning import emulate_command, plan_command
 from cluster.commands.running import Stopped, run
 from cluster.environment import quiet_libraries, read_environment
@@ -45,6 +47,14 @@ ModelOption = Annotated[
     ),
 ]
 UrlOption = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="Where the service answers.")]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", metavar="F", help="The API key or token to call with; else TANDEM_API_KEY."),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option("--ca", metavar="F", help="Certificates of who signs the service's own: connects by TLS."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 PrefillOption = Annotated[int | None, typer.Option("--prefill", metavar="N", help="Number of prefill workers.")]
 DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="N", help="Number of decode workers.")]
@@ -122,6 +132,8 @@ def generate(
     local: Annotated[bool, typer.Option("--local", help="No service: the single-process reference.")] = False,
     config: ConfigOption = None,
     model: ModelOption = None,
+    api_key_file: KeyOption = None,
+    ca: CaOption = None,
 ) -> None:
     """Answers a prompt, or a file of prompts sent all at once. --config and --model are for --local."""
     from cluster.commands.generate import generate as send_all
@@ -138,7 +150,7 @@ def generate(
     params = sampling_params(max_tokens, temperature, seed)
     lines = read_prompt_file(file) if file is not None else [from_text(text or "", is_chat=chat)]
     if not local:
-        run(send_all(lines, url, params, as_json=as_json))
+        run(send_all(lines, url, params, access=read_access(api_key_file, ca, url), as_json=as_json))
         return
 
     from cluster.commands.generate import print_json, print_plain
@@ -154,11 +166,17 @@ def generate(
 
 
 @app.command()
-def status(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
+def status(
+    url: UrlOption = DEFAULT_URL,
+    as_json: JsonOption = False,
+    api_key_file: KeyOption = None,
+    ca: CaOption = None,
+) -> None:
     """Shows the workers, their load and their KV blocks."""
     from cluster.commands.status import status as show
 
-    run(show(require_host_port("--url", url), as_json=as_json))
+    require_host_port("--url", url)
+    run(show(url, access=read_access(api_key_file, ca, url), as_json=as_json))
 
 
 @app.command()
@@ -231,10 +249,29 @@ def profile(
     run(measure(loaded, out, device=device, threads=threads, cpus=cpus, is_quick=quick, seed=seed))
 
 
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where they go; a CA that is there is used again.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host", metavar="NAME", help="A name or address by which clients reach the gateway; repeatable."
+        ),
+    ] = None,
+    days: Annotated[int, typer.Option("--days", metavar="N", min=1, max=825, help="How long they are good.")] = 90,
+) -> None:
+    """Makes a CA and certificates for gateway, workers and the clients' port, for development."""
+    from cluster.security.certs import make_certs
+
+    gateway, workers, clients = make_certs(folder, [*(host or ()), "localhost", "127.0.0.1"], days)
+    print(f"security:\n  gateway_certs: {gateway}\n  worker_certs: {workers}\n  client_certs: {clients}")
+
+
 app.command("emulate")(emulate_command())
 app.command("plan")(plan_command())
 app.command("bench")(bench_command())
 app.command("chaos")(chaos_command())
+app.add_typer(keys_commands(), name="keys")
 
 
 def main() -> None:

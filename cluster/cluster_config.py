@@ -42,9 +42,15 @@ class ClusterConfig(BaseModel):
     grpc_host: str = Field(
         "",
         description="Where the gateway listens. Empty: 127.0.0.1, or on an existing Ray cluster this node's address. "
-        "There is no authentication: listen only where everybody may use the service.",
+        "Without gateway.auth, listen only where everybody may use the service.",
     )
     grpc_port: int = Field(50051, ge=0, le=65535, description="The gateway's port; 0: any free one.")
+    registry_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Where workers report to the gateway; 0: any free port. null: the one after grpc_port.",
+    )
     cpus_per_worker: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a worker's Ray bundle.")
     gpus_per_worker: float | None = Field(
         None,
@@ -75,8 +81,19 @@ class ClusterConfig(BaseModel):
     start_timeout_s: float = Field(
         300, gt=0, allow_inf_nan=False, description="How long all workers together may take until they report."
     )
-    stop_timeout_s: float = Field(
-        10, gt=0, allow_inf_nan=False, description="How long running requests may go on at shutdown."
+    drain_s: float = Field(
+        20,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long a worker or gateway that is told to end lets running requests go on. A worker hands back "
+        "what is not done by then, and others go on with it.",
+    )
+    step_limit_s: float = Field(
+        120,
+        ge=1,
+        allow_inf_nan=False,
+        description="A worker whose step takes longer than this, and twenty times as long as predicted, ends as hung, "
+        "and is started again.",
     )
 
     controller: ControllerConfig = ControllerConfig()
@@ -130,6 +147,13 @@ class ClusterConfig(BaseModel):
                 f"controller.max_workers: got {controller.max_workers}, expected at least prefill + decode, {start}"
             )
         return self
+
+    @property
+    def reports_to_port(self) -> int:
+        """`registry_port`, or what stands for it; 0 for any free one."""
+        if self.registry_port is not None:
+            return self.registry_port
+        return self.grpc_port + 1 if 0 < self.grpc_port < 65535 else 0
 
     @property
     def is_remote(self) -> bool:

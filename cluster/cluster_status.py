@@ -9,7 +9,7 @@ from cluster.registry import KnownWorker, Registry
 
 
 def cluster_status(
-    model: str, registry: Registry, admission: Admission, outcomes: Outcomes, router: str, now: float
+    model: str, registry: Registry, admission: Admission, outcomes: Outcomes, router: str, over_quota: int, now: float
 ) -> ClusterStatus:
     """As it is at `now`, on the clock of the gateway's loop."""
     workers = [_worker_status(worker, registry, now) for worker in registry.all(now)]
@@ -26,6 +26,7 @@ def cluster_status(
         attainment_ttft=attainment.ttft,
         attainment_tpot=attainment.tpot,
         attainment_window=attainment.count,
+        requests_over_quota=over_quota,
     )
 
 

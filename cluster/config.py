@@ -5,6 +5,7 @@
     decode:  {max_batch: 64}
     gateway: {max_running: 256}
     cluster: {prefill: 1, decode: 1, address: ray}
+    security: {gateway_certs: certs/gateway, worker_certs: certs/worker}
 
 Every key may be left out. A key that does not exist, or a value that cannot be, is a ConfigError that names its place.
 """
@@ -22,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from cluster.cluster_config import ClusterConfig
 from cluster.gateway_config import GatewayConfig
+from cluster.security.security_config import SecurityConfig
 from cluster.yaml_file import parse_mapping, read_text
 from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig
@@ -50,6 +52,7 @@ class TandemConfig(BaseModel):
     decode: DecodeConfig = DecodeConfig()
     gateway: GatewayConfig = GatewayConfig()
     cluster: ClusterConfig = ClusterConfig()
+    security: SecurityConfig = SecurityConfig()
 
 
 def load(path: Path | None = None, flags: Mapping[str, object] | None = None) -> TandemConfig:

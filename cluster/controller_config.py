@@ -54,11 +54,11 @@ class ControllerConfig(BaseModel):
         default=0.6, ge=0, allow_inf_nan=False, description="Load that one worker fewer would have, to remove one."
     )
     target: float = Field(default=0.9, gt=0, le=1, description="Share of requests that are to meet their objectives.")
-    drain_limit_s: float = Field(
+    flip_limit_s: float = Field(
         default=120.0,
         gt=0,
         allow_inf_nan=False,
-        description="A worker that is not drained by then keeps its role. More than the longest answers take.",
+        description="A worker that is not free to change by then keeps its role. More than the longest answers take.",
     )
 
     @model_validator(mode="after")

@@ -195,7 +195,7 @@ class ControllerLoop:
         reports = {worker.report.worker_id: worker.report for worker in known}
         for worker_id, wish in list(self._wishes.items()):
             report = reports.get(worker_id)
-            is_over = now - wish.asked_s > self._config.drain_limit_s + SLACK_S
+            is_over = now - wish.asked_s > self._config.flip_limit_s + SLACK_S
             if report is not None and report.role == wish.role:
                 self.flip_count += 1
                 del self._wishes[worker_id]
@@ -203,7 +203,7 @@ class ControllerLoop:
                 wish.has_drained = True
             elif is_over or wish.has_drained or report is None:
                 _log.warning("%s does not become a %s worker", worker_id, wish.role)
-                self._flips_again_s = now + self._config.drain_limit_s
+                self._flips_again_s = now + self._config.flip_limit_s
                 del self._wishes[worker_id]
 
     def _act(self, action: Flip | Scale, sight: Sight, now: float) -> None:

@@ -59,13 +59,16 @@ class Dispatcher:
         self._is_called = False
         # True while those in front wait for any worker at all to become free.
         self._all_are_busy = False
+        self._closed: TandemError | None = None
 
     async def place(self, query: RouteQuery, deadline_s: float | None) -> Booking:
         """Books the request on a route. Whoever calls this ends the booking.
 
         Raises InvalidArgument for what no worker could take, Overloaded for what is refused, Unavailable when no worker
-        came within `route_wait_s`, DeadlineExceeded at `deadline_s`.
+        came within `route_wait_s`, DeadlineExceeded at `deadline_s`, and what `close` was given.
         """
+        if self._closed is not None:
+            raise self._closed
         now = asyncio.get_running_loop().time()
         self._view.expire(now)
         answer = self._router.route(query, self._view, now, self._rng)
@@ -82,6 +85,13 @@ class Dispatcher:
         if self._waiters and not self._is_called:
             self._is_called = True
             asyncio.get_running_loop().call_soon(self._ask_again)
+
+    def close(self, error: TandemError) -> None:
+        """Whoever waits, or still comes, gets `error`."""
+        self._closed = error
+        for ticket, waiter in list(self._waiters.items()):
+            if not waiter.booked.done():
+                self._settle(ticket, error)
 
     def check_empty(self) -> None:
         """Asserts that nobody waits."""

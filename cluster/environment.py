@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
 
@@ -16,18 +16,20 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What Tandem takes from its environment. `log_level` is a level of the logging package."""
+    """What Tandem takes from its environment. `log_level` is a level of the logging package. `api_key`: what calls of
+    a service carry, "" for nothing."""
 
     log_level: int = logging.WARNING
+    api_key: str = field(default="", repr=False)
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads TANDEM_LOG_LEVEL. `variables` stands in for the process's own. Raises ConfigError."""
+    """Reads TANDEM_LOG_LEVEL and TANDEM_API_KEY. `variables` stands in for the process's own. Raises ConfigError."""
     variables = os.environ if variables is None else variables
     level = variables.get("TANDEM_LOG_LEVEL", "") or "warning"
     if level.lower() not in LOG_LEVELS:
         raise ConfigError(f"TANDEM_LOG_LEVEL: got {level!r}, expected one of {', '.join(LOG_LEVELS)}")
-    return Environment(logging.getLevelNamesMapping()[level.upper()])
+    return Environment(logging.getLevelNamesMapping()[level.upper()], variables.get("TANDEM_API_KEY", "").strip())
 
 
 def quiet_libraries() -> None:
@@ -78,6 +80,13 @@ def worker_variables(threads: int, variables: Mapping[str, str] | None = None) -
 def child_environment(threads: int) -> dict[str, str]:
     """The whole environment of a worker that is a child of this process."""
     return {**os.environ, **worker_variables(threads)}
+
+
+def use_relay(name: str, address: str) -> None:
+    """From now on every new connection of this process by gRPC goes through the HTTP proxy at HOST:PORT, which gets
+    `name` as its user."""
+    # Without the second one no_proxy counts, which mostly spares this machine's own addresses.
+    os.environ.update(grpc_proxy=f"http://{name}@{address}", no_grpc_proxy="none.invalid")
 
 
 def usable_cores() -> int:

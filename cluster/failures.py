@@ -10,6 +10,7 @@ A worker that drains has failed nobody: what it hands back is placed anew at onc
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 
 from cluster.breakers import Breakers
@@ -29,6 +30,7 @@ from engine.errors import (
     TandemError,
     TransferFailed,
     Unavailable,
+    VersionMismatch,
 )
 from engine.request import Receipt
 
@@ -36,6 +38,8 @@ from engine.request import Receipt
 PLACEMENTS_MAX = 8
 # Another worker would say the same.
 FINAL = (InvalidArgument, NotFound, DeadlineExceeded)
+
+_log = logging.getLogger(__name__)
 
 
 class Failures:
@@ -58,7 +62,7 @@ class Failures:
         if self._links.is_closed:
             raise error
         if isinstance(error, HandedBack):
-            self._handed_back(run, booking)
+            self._handed_back(run, booking, is_of_prefill=error.is_of_prefill)
             return
         if isinstance(error, FINAL):
             raise error
@@ -70,21 +74,25 @@ class Failures:
         if not may_retry or run.retries + 1 >= self._config.max_attempts:
             raise error
         run.retries += 1
+        route = booking.route
+        name, pair = run.request.request_id or "a request", (route.prefill_id or "local", route.decode_id)
+        _log.info("%s: %s, %s: %s; retry %d", name, *pair, error, run.retries)
         await within(run.deadline_s, "recovery", asyncio.sleep(self._pause_s(run.retries)))
 
     def blame(self, booking: Booking, error: Exception) -> None:
         """Call when a failure comes, however late the request's reader learns of it."""
-        if not isinstance(error, Unavailable | TransferFailed) or isinstance(error, HandedBack):
+        if not isinstance(error, Unavailable | TransferFailed | VersionMismatch) or isinstance(error, HandedBack):
             return
         if not self._links.is_closed:
             route = booking.route
             self._breakers.failed(route.prefill_id if error.is_of_prefill else route.decode_id, booking)
 
-    def _handed_back(self, run: Run, booking: Booking) -> None:
+    def _handed_back(self, run: Run, booking: Booking, *, is_of_prefill: bool) -> None:
         run.handed_back += 1
         if run.handed_back == PLACEMENTS_MAX:
             raise Unavailable(f"{PLACEMENTS_MAX} workers in a row were about to change their role or to leave")
-        self._view.drains(booking.route.decode_id)
+        route = booking.route
+        self._view.drains(route.prefill_id if is_of_prefill else route.decode_id)
 
     def _pause_s(self, retry: int) -> float:
         config = self._config

@@ -9,12 +9,11 @@ from cluster.registry import Role
 
 # Takes one line about a worker: that it died, that it was started again.
 Log = Callable[[str], None]
-# What a worker process reads on its lifeline when it is to drain at its leisure, and to end by itself.
-LEAVE = b"leave\n"
 
 
 class Fleet(Protocol):
-    """open ─▶ start ─▶ check, add, remove … ─▶ close. A worker that dies is started again, so many times at most."""
+    """open ─▶ start ─▶ check, add, remove, restart … ─▶ close. A worker that dies is started again, so many times at
+    most."""
 
     async def open(self) -> str:
         """Gets ready to start workers. Returns the host under which they reach this process. Raises ConfigError."""
@@ -28,8 +27,12 @@ class Fleet(Protocol):
         """Raises the TandemError of a worker that failed for good, of those that were there from the start."""
         ...
 
+    def worker_ids(self) -> list[str]:
+        """The workers of this fleet that have not failed for good, running or about to be started again."""
+        ...
+
     def has(self, worker_id: str) -> bool:
-        """Whether a worker is one of this fleet's, and has not failed for good."""
+        """Whether a worker is one of these."""
         ...
 
     async def add(self, role: Role) -> str:
@@ -39,7 +42,12 @@ class Fleet(Protocol):
 
     async def remove(self, worker_id: str) -> None:
         """Drains a worker and ends it; returns when it has ended, which takes as long as what runs there, up to
-        `controller.drain_limit_s`. Raises NotFound for a worker that is not here."""
+        `drain_s` and some seconds. Raises NotFound for a worker that is not here."""
+        ...
+
+    async def restart(self, worker_id: str) -> None:
+        """Drains a worker, ends it as `remove` does and starts it again, with the role that it began with. Returns
+        before it serves. Raises NotFound for a worker that is not here."""
         ...
 
     async def close(self) -> None:

@@ -4,11 +4,11 @@
        ▲                                       │
        └── called off, or the limit passed ────┘
 
-A decode worker gives back what it has not begun, and what still comes, and the gateway places that anew
-(engine/errors.py, HandedBack); a prefill worker still takes what comes: that was sent before its gateway knew. The
-gateway names the role once more when it knows of the draining and has nothing more on its way here (`is_released`), so
-a flip loses no request. A worker that cannot drain within its limit goes on as it was. Plain asyncio: knows neither
-gRPC nor Ray.
+A worker that drains gives back what it has not begun, and what still comes, and the gateway places that anew
+(engine/errors.py, HandedBack). The gateway names the role once more when it knows of the draining and has nothing more
+on its way here (`is_released`), so a flip loses no request. A worker that cannot drain within its limit goes on as it
+was: a flip is a matter of choice. An end is not: `leave`, and after a while `let_go` of the rest. Plain asyncio: knows
+neither gRPC nor Ray.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
+from cluster.command_stream import CommandStream
 from cluster.registry import Role
 from decode_worker.stream import Command, TokenFrame
-from engine.errors import Unavailable
+from engine.errors import HandedBack, TandemError, Unavailable
 from engine.kv_events import KVEventBatch
+from engine.pulse import Pulse
 from engine.stats import LoopStats
 from kvtransfer.frames import Frame
 from kvtransfer.transport import PrefillCall
 
 # How often a draining worker looks whether it is done. A flip is rare: not worth an event in the loops' steps.
 DRAIN_POLL_S = 0.02
+# How often a worker that leaves, and has nothing left, asks its gateway whether more is to come.
+RELEASE_POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,12 @@ class Loop(Protocol):
         ...
 
     async def run(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def let_go(self, error: TandemError) -> None: ...
 
     def stats(self) -> LoopStats: ...
 
@@ -64,10 +74,6 @@ class DecodeLoop(Loop, Protocol):
 
     def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]: ...
 
-    def drain(self) -> None: ...
-
-    def resume(self) -> None: ...
-
     def link_rates(self) -> tuple[tuple[str, float], ...]: ...
 
 
@@ -84,9 +90,9 @@ class _Flip:
 class FlexibleWorker:
     """Implements kvtransfer.transport.PrefillService and decode_worker.stream.DecodeService by turns.
 
-    `make_prefill` and `make_decode` build a loop over the one runner that they share; a loop is built anew for every
-    flip, and never are two alive at once. `changed` is set when routing must know of something: hand it to
-    cluster.heartbeat.report_forever.
+    `make_prefill` and `make_decode` build a loop over the one runner that they share, and whose `pulse` they tell; a
+    loop is built anew for every flip, and never are two alive at once. `changed` is set when routing must know of
+    something: hand it to cluster.heartbeat.report_forever.
     """
 
     def __init__(
@@ -96,13 +102,15 @@ class FlexibleWorker:
         role: Role,
         *,
         worker_id: str,
-        drain_limit_s: float = 120.0,
+        flip_limit_s: float = 120.0,
+        pulse: Pulse | None = None,
     ) -> None:
         self.worker_id = worker_id
+        self.pulse = Pulse() if pulse is None else pulse
         self.changed = asyncio.Event()
         self._make_prefill = make_prefill
         self._make_decode = make_decode
-        self._drain_limit_s = drain_limit_s
+        self._flip_limit_s = flip_limit_s
         self._role: Role = role
         # What takes new work: at most one of the two. `_loop` is what still runs.
         self._prefill: PrefillLoop | None = None
@@ -110,11 +118,13 @@ class FlexibleWorker:
         self._loop = self._build(role)
         self._flip: _Flip | None = None
         self._flip_wanted = asyncio.Event()
+        self.is_leaving = False
+        self._has_ended = False
         # A role that was given up is taken only when it is asked for anew.
         self._given_up: Role | None = None
         self._pull_count = 0
         self._came_count = 0
-        self._sessions: dict[_Commands, None] = {}
+        self._sessions: dict[CommandStream, None] = {}
 
     @property
     def role(self) -> Role:
@@ -122,7 +132,7 @@ class FlexibleWorker:
 
     @property
     def is_draining(self) -> bool:
-        return self._flip is not None
+        return self.is_leaving or self._flip is not None
 
     @property
     def loop(self) -> Loop:
@@ -153,7 +163,7 @@ class FlexibleWorker:
     async def prefill(self, call: PrefillCall) -> AsyncIterator[Frame]:
         """See PrefillService. Raises Unavailable while this is a decode worker."""
         if self._prefill is None:
-            raise Unavailable(f"{self.worker_id}: this worker is a decode worker now")
+            raise self._closed("decode")
         self._pull_count += 1
         self._count_arrival()
         try:
@@ -166,8 +176,8 @@ class FlexibleWorker:
     async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
         """See DecodeService. Raises Unavailable while this is a prefill worker; ends when it becomes one."""
         if self._decode is None:
-            raise Unavailable(f"{self.worker_id}: this worker is a prefill worker now")
-        session = _Commands(commands, self._count_arrival)
+            raise self._closed("prefill")
+        session = CommandStream(commands, self._count_arrival)
         self._sessions[session] = None
         try:
             async with aclosing(cast(AsyncGenerator[TokenFrame, None], self._decode.attach(session))) as frames:
@@ -175,6 +185,11 @@ class FlexibleWorker:
                     yield frame
         finally:
             del self._sessions[session]
+
+    def _closed(self, role: Role) -> Unavailable:
+        if self.is_leaving:
+            return HandedBack(f"{self.worker_id}: this worker leaves")
+        return Unavailable(f"{self.worker_id}: this worker is a {role} worker now")
 
     def _count_arrival(self) -> None:
         self._came_count += 1
@@ -209,41 +224,69 @@ class FlexibleWorker:
 
     def _begin(self, role: Role) -> None:
         self._flip = _Flip(role)
-        if self._decode is not None:
-            self._decode.drain()
+        self._loop.drain()
         self._flip_wanted.set()
         self.changed.set()
 
     async def run(self) -> None:
         """The loop of the present role, and of every one after it. Runs until cancelled; a loop's crash is its own."""
-        while True:
-            loop = asyncio.create_task(self._loop.run(), name=f"{self.worker_id} {self._role} loop")
-            drain = asyncio.create_task(self._drain(), name=f"{self.worker_id} drain")
-            try:
-                await asyncio.wait([loop, drain], return_when=asyncio.FIRST_COMPLETED)
-                # The loop never returns: if it is done, it has crashed.
-                (loop if loop.done() else drain).result()
-                assert not loop.done(), f"{self.worker_id}: the {self._role} loop ended by itself"
-            finally:
-                loop.cancel()
-                drain.cancel()
-                await asyncio.wait([loop, drain])
-            self._loop.check_empty()
-            self._swap()
+        try:
+            while True:
+                await self._run_until_swap()
+                self._loop.check_empty()
+                self._swap()
+        finally:
+            self._has_ended = True
 
-    async def drained(self, limit_s: float, quiet_s: float = 0.0) -> bool:
-        """Waits until nothing is left here, and nothing has come for `quiet_s`: a request may have been on its way when
-        the gateway learned that this worker leaves. False when that takes longer than `limit_s`."""
+    async def _run_until_swap(self) -> None:
+        loop = asyncio.create_task(self._loop.run(), name=f"{self.worker_id} {self._role} loop")
+        drain = asyncio.create_task(self._drain(), name=f"{self.worker_id} drain")
+        try:
+            await asyncio.wait([loop, drain], return_when=asyncio.FIRST_COMPLETED)
+            # The loop never returns: if it is done, it has crashed.
+            (loop if loop.done() else drain).result()
+            assert not loop.done(), f"{self.worker_id}: the {self._role} loop ended by itself"
+        finally:
+            loop.cancel()
+            drain.cancel()
+            await asyncio.wait([loop, drain])
+
+    # ── its end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def leave(self) -> None:
+        """Takes nothing new from now on; what has not begun is handed back."""
+        self.is_leaving = True
+        self._loop.drain()
+        self.changed.set()
+
+    async def drained(self, limit_s: float, is_released: Callable[[], bool]) -> bool:
+        """Waits until nothing is left here, and nothing more is on its way. False when that takes longer than
+        `limit_s`, or the loop crashes meanwhile."""
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + limit_s
-        quiet_since_s, came = loop.time(), self._came_count
-        while loop.time() < give_up_s:
-            if not self._is_idle() or self._came_count != came:
-                quiet_since_s, came = loop.time(), self._came_count
-            elif loop.time() - quiet_since_s >= quiet_s:
-                return True
+        while loop.time() < give_up_s and not self._has_ended:
+            if self._is_idle():
+                if is_released():
+                    return True
+                # The gateway says whether more is to come in its answer to a report.
+                self.changed.set()
+                await asyncio.sleep(RELEASE_POLL_S)
             await asyncio.sleep(DRAIN_POLL_S)
         return False
+
+    def let_go(self, error: TandemError) -> None:
+        """Ends with `error` whatever is here. The gateway gets that at once, though a step be under way."""
+        self.is_leaving = True
+        self._loop.let_go(error)
+        self.changed.set()
+
+    def close(self) -> None:
+        """From now on nothing is taken; gateways' streams end as if all had been said."""
+        self._prefill = self._decode = None
+        for session in self._sessions:
+            session.close()
+
+    # ── a change of role ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _drain(self) -> None:
         """Returns when a flip is wanted, nothing is left here that it could lose, and nothing more is taken."""
@@ -256,19 +299,19 @@ class FlexibleWorker:
                 return
             _log.info("%s stays a %s worker", self.worker_id, self._role)
             self._flip, self._given_up = None, flip.role
-            if self._decode is not None:
-                self._decode.resume()
+            if not self.is_leaving:
+                self._loop.resume()
             flip.outcome.set_result(False)
             self.changed.set()
 
     async def _drain_for(self, flip: _Flip) -> bool:
-        give_up_s = asyncio.get_running_loop().time() + self._drain_limit_s
+        give_up_s = asyncio.get_running_loop().time() + self._flip_limit_s
         idle_at: int | None = None
-        while not flip.is_called_off and asyncio.get_running_loop().time() < give_up_s:
+        while not (flip.is_called_off or self.is_leaving) and asyncio.get_running_loop().time() < give_up_s:
             # Twice in a row, and nothing came in between: the first may lie in the loop's inbox, unread.
             if flip.is_released and self._is_idle() and idle_at == self._came_count:
                 # At once: whatever may run between this look and the swap finds the door closed.
-                self._close()
+                self.close()
                 return True
             idle_at = self._came_count if self._is_idle() else None
             await asyncio.sleep(DRAIN_POLL_S)
@@ -277,18 +320,14 @@ class FlexibleWorker:
     def _is_idle(self) -> bool:
         return self._loop.is_idle and self._pull_count == 0
 
-    def _close(self) -> None:
-        """From now on nothing is taken; gateways' streams end as if all had been said, which it has."""
-        self._prefill = self._decode = None
-        for session in self._sessions:
-            session.close()
-
     def _swap(self) -> None:
         flip = self._flip
         assert flip is not None, "a drained worker has a flip to make"
         _log.info("%s was a %s worker and is a %s worker now", self.worker_id, self._role, flip.role)
         self._role, self._flip = flip.role, None
         self._loop = self._build(flip.role)
+        if self.is_leaving:
+            self._loop.drain()
         if not flip.outcome.done():
             flip.outcome.set_result(True)
         self.changed.set()
@@ -299,37 +338,3 @@ class FlexibleWorker:
             return self._prefill
         self._decode = self._make_decode()
         return self._decode
-
-
-class _Commands:
-    """A gateway's commands, until they end or `close` is called."""
-
-    def __init__(self, commands: AsyncIterator[Command], came: Callable[[], None]) -> None:
-        self._commands = commands
-        self._came = came
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def close(self) -> None:
-        if not self._closed.done():
-            self._closed.set_result(None)
-
-    def __aiter__(self) -> AsyncIterator[Command]:
-        return self
-
-    async def __anext__(self) -> Command:
-        following = asyncio.create_task(self._next())
-        either: list[asyncio.Future[Any]] = [following, self._closed]
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            command = following.result() if following.done() else None
-        finally:
-            if not following.done():
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
-        if command is None:
-            raise StopAsyncIteration
-        self._came()
-        return command
-
-    async def _next(self) -> Command | None:
-        return await anext(self._commands, None)

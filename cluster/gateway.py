@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from typing import Literal, Protocol
 
 from cluster.admission import Admission, Place
 from cluster.answer import Answer
@@ -24,47 +24,34 @@ from cluster.cluster_status import cluster_status
 from cluster.dispatcher import Dispatcher
 from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
-from cluster.intake import prompt_token_ids
+from cluster.gateway_seams import RoleController, Tickets
+from cluster.intake import prompt_token_ids, text_chars
 from cluster.ledger import Ledger
-from cluster.links import DecodeLinks, Mailbox
+from cluster.links import SHUTTING_DOWN, DecodeLinks, Mailbox
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
 from cluster.outcomes import Outcome, Outcomes, Reason
 from cluster.prefix_index import PrefixIndex
-from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
+from cluster.registry import HeartbeatReply, Registry, WorkerReport
+from cluster.request_ids import RequestIds
 from cluster.routing.booking import Booking
 from cluster.routing.costs import CostLike, RoleCosts, worker_costs
 from cluster.routing.make_router import make_router
 from cluster.routing.view import ClusterView
 from cluster.run import Run
-from decode_worker.stream import Delta, Done, Event, Failed
-from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError
-from engine.objectives import Objectives
+from cluster.security.quotas import Quotas
+from cluster.security.tenant_salts import TenantSalts
+from cluster.text_queue import TextQueue
+from decode_worker.stream import Delta, Done, Event, Failed, Submit
+from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError, Unavailable
 from engine.tokenizer import Tokenizer
-
-
-class RoleController(Protocol):
-    """Who decides which role each worker should have, from what it is told of the requests
-    (cluster/controller_loop.py). Counts of tokens are of one request; `max_tokens` and `answer_tokens` of all its
-    choices together."""
-
-    def wanted_role(self, worker_id: str) -> Role | Literal[""]:
-        """The role to ask a worker for that has just reported; "" leaves it as it is."""
-        ...
-
-    def arrived(self, prompt_tokens: int, max_tokens: int, objectives: Objectives) -> None:
-        """A request came in good order."""
-        ...
-
-    def answered(self, prompt_tokens: int, cached_tokens: int, max_tokens: int, answer_tokens: int) -> None:
-        """A request was answered whole."""
-        ...
 
 
 class Gateway:
     """Serves one model. `tokenizer` None serves token ids only, and answers without text.
 
     `cost` predicts the workers' times, one cost model for all or one per role; None goes by the rates they report.
-    `controller` says which role each worker is to have; None leaves them as they are.
+    `controller` says which role each worker is to have; None leaves them as they are. `tickets` allow KV streams; None
+    where prefill workers do not ask. `salts` keep the prefixes of tenants apart; None leaves requests their own.
     """
 
     def __init__(
@@ -77,14 +64,20 @@ class Gateway:
         rng: random.Random,
         cost: CostLike | RoleCosts | None = None,
         controller: RoleController | None = None,
+        tickets: Tickets | None = None,
+        salts: TenantSalts | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
+        self.texts = TextQueue(config.max_prompt_chars)
         self.outcomes = Outcomes(config.outcome_window_s)
         self.controller = controller
+        self.quotas = Quotas(config.quota, config.tenants)
+        self._salts = salts
         self._registry = registry
         self._links = links
         self._config = config
+        self._tickets = tickets
         self._rng = rng
         self._admission = Admission(config.max_running, config.max_waiting)
         self.view = ClusterView(
@@ -102,7 +95,8 @@ class Gateway:
         self._dispatcher = Dispatcher(
             self.view, self.router, self._ledger, rng, config.route_wait_s, config.router.lead_s
         )
-        self._request_ids: set[str] = set()
+        self._request_ids = RequestIds(rng)
+        self._is_draining = False
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Complete]:
         """Runs one request: Chunks as its tokens come, then one Complete. Closing the generator cancels everything.
@@ -111,9 +105,11 @@ class Gateway:
         reach, Unavailable when no worker can be had, DeadlineExceeded naming the phase, and whatever else the workers
         report, or the loss of one, where no other may go on (failures.py).
         """
-        run = self._start(request)
+        if self._is_draining:
+            raise Unavailable(SHUTTING_DOWN)
+        run = await self._start(request)
         try:
-            with self._own_id(request.request_id) as request_id:
+            with self._request_ids.own(request.tenant, request.request_id) as request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:
                     while not run.is_over:
                         booking = await self._dispatcher.place(run.query(), run.deadline_s)
@@ -131,6 +127,8 @@ class Gateway:
         except TandemError as error:
             self._count(run, _reason(error))
             raise
+        finally:
+            run.charge.settle(run.used_tokens, asyncio.get_running_loop().time())
         # Only now, with nothing held any more: a reader may take its time over the last part.
         self._count(run, "finished")
         yield run.complete()
@@ -141,63 +139,78 @@ class Gateway:
         a worker with another model."""
         if report.model != self.model.name:
             raise InvalidArgument("model", report.model, f"{self.model.name!r}, which this gateway serves")
+        if self._tickets is not None:
+            self._tickets.check_report(report)
         now = asyncio.get_running_loop().time()
-        self._registry.heartbeat(report, now)
+        self._registry.heartbeat(report, now, is_lost=self._breakers.suspects(report.worker_id))
         self._breakers.heard(report)
         knows_cache = self.view.report(report, now)
         role = self.controller.wanted_role(report.worker_id) if self.controller is not None else ""
         if role and role != report.role:
             self.view.drains(report.worker_id)
         self._dispatcher.news()
-        return HeartbeatReply(self._config.heartbeat_interval_s, role, kv_resync=not knows_cache)
+        on_its_way = self.on_its_way(report.worker_id) if report.stats.draining else 0
+        ticket_key = self._tickets.public_key if self._tickets is not None else b""
+        interval_s = self._config.heartbeat_interval_s
+        return HeartbeatReply(interval_s, role, not knows_cache, on_its_way, ticket_key=ticket_key, now_s=now)
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuses new requests from now on, as Unavailable, and waits until those that are here have ended. After
+        `limit_s` they end so too."""
+        self._is_draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._request_ids.until_none()
+        self._dispatcher.close(Unavailable(SHUTTING_DOWN))
+        await self._links.close()
 
     def on_its_way(self, worker_id: str) -> int:
         """Requests that were sent to a worker and are not over there."""
         return self._ledger.on_its_way(worker_id)
 
-    def new_request_id(self) -> str:
-        """An id that no running request has."""
-        while (request_id := f"{self._rng.getrandbits(64):016x}") in self._request_ids:
-            pass
-        return request_id
+    def new_request_id(self, tenant: str = "") -> str:
+        """An id that no running request of the tenant has."""
+        return self._request_ids.new(tenant)
 
     def status(self, now: float) -> ClusterStatus:
         """The cluster as this gateway sees it; `now` on the running loop's clock."""
-        return cluster_status(self.model.name, self._registry, self._admission, self.outcomes, self.router.name, now)
+        over_quota = self.quotas.refused_count
+        parts = (self.model.name, self._registry, self._admission, self.outcomes, self.router.name)
+        return cluster_status(*parts, over_quota, now)
 
     def check_empty(self) -> None:
         """Asserts that no request holds anything here."""
-        assert not self._request_ids, f"requests still run: {sorted(self._request_ids)}"
+        self._request_ids.check_empty()
         held = (self._admission.running_count, self._admission.waiting_count)
         assert held == (0, 0), f"(running, waiting) places are still held: {held}"
         self._dispatcher.check_empty()
         self._ledger.check_empty()
+        self.quotas.check_empty()
 
     # ── one request ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, request: GenerateRequest) -> Run:
-        """Raises InvalidArgument or NotFound: what is no request in good order does not count as one."""
+    async def _start(self, request: GenerateRequest) -> Run:
+        """Raises InvalidArgument or NotFound: what is no request in good order does not count as one. Overloaded where
+        too many long texts have come, or where it is over its tenant's quota, which is no miss of the cluster's, and no
+        demand that it could meet."""
         now = asyncio.get_running_loop().time()
-        token_ids = prompt_token_ids(request, self.model, self.tokenizer, self._config.max_prompt_chars)
+        intake = partial(prompt_token_ids, request, self.model, self.tokenizer, self._config.max_prompt_chars)
+        token_ids = await self.texts.run(text_chars(request.prompt), intake)
+        # Its text has been of use, and may be long.
+        request = replace(request, prompt=())
         objectives = self._config.objectives_of(request.objectives, request.slo_class)
         on_failure = self._config.on_failure_of(request.on_failure)
-        allowed_s = request.deadline_s or self._config.default_deadline_s
-        deadline_s = None if allowed_s is None else now + allowed_s
+        allowed_s = request.deadline_s or self._config.default_deadline_s or math.inf
+        deadline_s = now + min(allowed_s, self._config.max_stream_s)
+        if self._salts is not None:
+            request = replace(request, salt=self._salts.salt(request.tenant, request.salt))
+        params = request.params
+        answer = Answer(params, self.tokenizer)
+        # Last, as nothing may fail between here and where it is settled.
+        charge = self.quotas.charge(request.tenant, len(token_ids), params.n * params.max_tokens, now)
         if self.controller is not None:
-            params = request.params
             self.controller.arrived(len(token_ids), params.n * params.max_tokens, objectives)
-        return Run(request, token_ids, objectives, on_failure, now, deadline_s, Answer(request.params, self.tokenizer))
-
-    @contextmanager
-    def _own_id(self, request_id: str) -> Iterator[str]:
-        if request_id in self._request_ids:
-            raise InvalidArgument("request_id", request_id, "an id that no running request has")
-        request_id = request_id or self.new_request_id()
-        self._request_ids.add(request_id)
-        try:
-            yield request_id
-        finally:
-            self._request_ids.remove(request_id)
+        return Run(request, token_ids, objectives, on_failure, now, deadline_s, answer, charge)
 
     def _give_up_s(self, run: Run) -> float:
         """Until when a place is of use. The baselines serve a request whose objective has passed as any other."""
@@ -212,8 +225,8 @@ class Gateway:
         if run.seed is None:
             run.seed = self._rng.getrandbits(63)
         submit = run.submit(booking, request_id, asyncio.get_running_loop().time())
-        notice = partial(self._notice, booking, place)
-        link = self._links.submit(booking.route.decode_address, submit, notice)
+        notice = partial(self._notice, run, booking, place)
+        link = self._links.submit(booking.route.decode_address, submit, notice, partial(self._ticket, booking))
         async with link as mailbox, _deadline(run, mailbox):
             while not run.is_over:
                 event = await anext(mailbox)
@@ -221,9 +234,17 @@ class Gateway:
                 if chunk is not None:
                     yield chunk
 
-    def _notice(self, booking: Booking, place: Place, event: Event) -> None:
-        """What the cluster's books need of an event, when it comes: its client may read it much later, or never."""
+    def _ticket(self, booking: Booking, submit: Submit) -> bytes:
+        if self._tickets is None or booking.route.is_local:
+            return b""
+        return self._tickets.ticket(booking.route, submit, asyncio.get_running_loop().time())
+
+    def _notice(self, run: Run, booking: Booking, place: Place, event: Event) -> None:
+        """What the cluster's books need of an event, when it comes: its client may read it much later, or never.
+        Raises Unavailable for one that is not to be believed."""
         now = asyncio.get_running_loop().time()
+        if isinstance(event, Delta):
+            run.believe(event, self.model.vocab_size)
         match event:
             case Delta(tokens=tokens) if tokens:
                 if booking.first_s is None:

@@ -6,6 +6,8 @@ from typing import Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.security.auth_config import AuthConfig, QuotaConfig
+from cluster.security.caller import MAX_TENANT_CHARS, is_tenant_name
 from engine.errors import ConfigError, InvalidArgument
 from engine.objectives import Objectives
 
@@ -152,7 +154,19 @@ class GatewayConfig(BaseModel):
         default=600.0,
         gt=0,
         allow_inf_nan=False,
-        description="Deadline of requests that name none; null for no deadline.",
+        description="Deadline of requests that name none; null: the longest there is.",
+    )
+    max_stream_s: float = Field(
+        default=3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest life of a request, and of each stream for it, whatever deadline it names.",
+    )
+    slow_reader_s: float = Field(
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long a client may keep its answer waiting in all, beyond 1 s per KiB of it.",
     )
     route_wait_s: float = Field(
         default=10.0, ge=0, allow_inf_nan=False, description="How long a request waits for a worker when there is none."
@@ -177,6 +191,11 @@ class GatewayConfig(BaseModel):
     )
     failures: FailureConfig = FailureConfig()
     router: RouterConfig = RouterConfig()
+    auth: AuthConfig = AuthConfig()
+    quota: QuotaConfig = QuotaConfig()
+    tenants: dict[str, QuotaConfig] = Field(
+        default={}, description="Quotas by tenant, each in place of gateway.quota, which every other tenant has."
+    )
 
     def on_failure_of(self, own: str) -> OnFailure:
         """A request's own policy, or the default. Raises InvalidArgument for one that there is not."""
@@ -204,4 +223,15 @@ class GatewayConfig(BaseModel):
     def _times_in_order(self) -> Self:
         if not self.heartbeat_interval_s < self.fresh_s <= self.expire_s:
             raise ValueError("heartbeat_interval_s must be less than fresh_s, and fresh_s at most expire_s")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_are_told_apart(self) -> Self:
+        named = [*self.tenants, *self.auth.operators]
+        if named and not self.auth.is_required:
+            raise ValueError("tenants and auth.operators go with auth.keys_file or auth.jwt.keys_file")
+        if wrong := [name for name in named if not is_tenant_name(name)]:
+            raise ValueError(
+                f"tenants: got {wrong[0]!r}, expected a word of 1 to {MAX_TENANT_CHARS} characters without #"
+            )
         return self

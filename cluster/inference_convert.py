@@ -13,9 +13,12 @@ from engine.errors import InvalidArgument
 from engine.objectives import Objectives
 from kvtransfer.convert import params_from_proto, receipt_to_proto, sampled_to_proto
 
+# Turns of one conversation. As many as a request holds bytes would take the gateway a second to look at.
+MAX_MESSAGES = 4096
+
 
 def request_from_proto(
-    message: inference_pb2.GenerateRequest, request_id: str, deadline_s: float | None
+    message: inference_pb2.GenerateRequest, request_id: str, deadline_s: float | None, tenant: str = ""
 ) -> GenerateRequest:
     """Raises InvalidArgument where there is no prompt at all; the gateway checks the values."""
     return GenerateRequest(
@@ -28,13 +31,14 @@ def request_from_proto(
         objectives=_objectives_from_proto(message.objectives),
         slo_class=message.slo_class,
         on_failure=message.on_failure,
+        tenant=tenant,
     )
 
 
 def messages_from_proto(turns: inference_pb2.Messages) -> tuple[Message, ...]:
-    """Raises InvalidArgument for a conversation without a turn."""
-    if not turns.messages:
-        raise InvalidArgument("messages", [], "at least one message")
+    """Raises InvalidArgument for a conversation without a turn, or with too many."""
+    if not 0 < len(turns.messages) <= MAX_MESSAGES:
+        raise InvalidArgument("messages", f"{len(turns.messages)} messages", f"at least one, at most {MAX_MESSAGES}")
     return tuple(Message(turn.role, turn.content) for turn in turns.messages)
 
 
@@ -112,6 +116,7 @@ def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
         attainment_ttft=status.attainment_ttft,
         attainment_tpot=status.attainment_tpot,
         attainment_window=status.attainment_window,
+        requests_over_quota=status.requests_over_quota,
     )
 
 

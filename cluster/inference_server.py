@@ -1,10 +1,18 @@
-"""`tandem.v1.Inference` on gRPC: a thin adapter around the gateway."""
+"""`tandem.v1.Inference` on gRPC: a thin adapter around the gateway.
+
+    metadata ─▶ who calls? ─▶ within their quota of calls? ─▶ the request is read ─▶ handler
+                     └────────────────┴──── no ──▶ refused
+
+What is refused stays with its sender, however large it is.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -21,42 +29,82 @@ from cluster.inference_convert import (
     request_from_proto,
     status_to_proto,
 )
+from cluster.intake import text_chars
 from cluster.messages import Chunk, Complete
-from engine.errors import DeadlineExceeded, InvalidArgument
+from cluster.security.caller import ANONYMOUS, Caller
+from cluster.security.clients import Clients
+from engine.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TandemError, Unauthenticated
+from engine.refusal_log import RefusalLog
 from engine.tokenizer import Tokenizer
-from kvtransfer.rpc_server import RpcService
+from kvtransfer.rpc_handlers import refusal
+from kvtransfer.rpc_server import Handler, Metadata, RpcService
 
 DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
+_log = logging.getLogger(__name__)
 
-def inference_service(gateway: Gateway, *, max_prompt_chars: int = 1_000_000) -> RpcService:
+
+def inference_service(
+    gateway: Gateway, clients: Clients | None = None, *, max_prompt_chars: int = 1_000_000
+) -> RpcService:
     """`tandem.v1.Inference` in front of `gateway`, to be handed to `start_server`.
 
-    `max_prompt_chars` bounds what Tokenize takes, as the gateway's own limit bounds what Generate takes.
+    `clients` says who calls; None: everybody may, and nobody is told apart. `max_prompt_chars` bounds what Tokenize
+    takes, as the gateway's own limit bounds what Generate takes.
     """
-    servicer = _Inference(gateway, max_prompt_chars)
-    generate = grpc.unary_stream_rpc_method_handler(
-        servicer.generate,
-        request_deserializer=inference_pb2.GenerateRequest.FromString,
-        response_serializer=inference_pb2.GenerateResponse.SerializeToString,
-    )
-    return RpcService(
-        DESCRIPTOR,
-        {
-            "Generate": generate,
-            "GetModel": _unary(servicer.get_model, inference_pb2.GetModelRequest),
-            "Tokenize": _unary(servicer.tokenize, inference_pb2.TokenizeRequest),
-            "Detokenize": _unary(servicer.detokenize, inference_pb2.DetokenizeRequest),
-            "GetStatus": _unary(servicer.get_status, inference_pb2.GetStatusRequest),
-        },
-    )
+    door = _Door(gateway, clients)
+    handlers: dict[str, Callable[[_Inference], Handler]] = {
+        "Generate": lambda servicer: grpc.unary_stream_rpc_method_handler(
+            servicer.generate,
+            request_deserializer=inference_pb2.GenerateRequest.FromString,
+            response_serializer=inference_pb2.GenerateResponse.SerializeToString,
+        ),
+        "GetModel": lambda servicer: _unary(servicer.get_model, inference_pb2.GetModelRequest),
+        "Tokenize": lambda servicer: _unary(servicer.tokenize, inference_pb2.TokenizeRequest),
+        "Detokenize": lambda servicer: _unary(servicer.detokenize, inference_pb2.DetokenizeRequest),
+        "GetStatus": lambda servicer: _unary(servicer.get_status, inference_pb2.GetStatusRequest),
+    }
+
+    def choose(method: str, metadata: Metadata) -> Handler:
+        try:
+            caller = door.let_in(metadata)
+        except TandemError as error:
+            return refusal(error, partial(door.tell, error))
+        return handlers[method](_Inference(gateway, max_prompt_chars, caller))
+
+    return RpcService(DESCRIPTOR, {method: partial(choose, method) for method in handlers})
+
+
+class _Door:
+    """Lets callers in, before their requests are read."""
+
+    def __init__(self, gateway: Gateway, clients: Clients | None) -> None:
+        self._gateway = gateway
+        self._clients = clients
+        self._refusals = RefusalLog()
+
+    def let_in(self, metadata: Metadata) -> Caller:
+        """Raises Unauthenticated, or Overloaded for a caller over its quota of calls."""
+        caller = self._clients.caller(metadata) if self._clients is not None else ANONYMOUS
+        self._gateway.quotas.call(caller.tenant, asyncio.get_running_loop().time())
+        return caller
+
+    def tell(self, error: TandemError, peer: str) -> None:
+        """Logs who was refused, where nobody knows them: quotas are counted instead."""
+        if isinstance(error, Unauthenticated):
+            line = self._refusals.line(peer, f"refused a call: {error.detail}", asyncio.get_running_loop().time())
+            if line is not None:
+                _log.warning("%s", line)
 
 
 class _Inference:
-    def __init__(self, gateway: Gateway, max_prompt_chars: int) -> None:
+    """Serves the calls of one caller."""
+
+    def __init__(self, gateway: Gateway, max_prompt_chars: int, caller: Caller) -> None:
         self._gateway = gateway
         self._max_prompt_chars = max_prompt_chars
+        self._caller = caller
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -65,8 +113,9 @@ class _Inference:
         left_s = context.time_remaining()
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded("arrival at the gateway")
-        request_id = request.request_id or self._gateway.new_request_id()
-        asked = request_from_proto(request, request_id, left_s)
+        tenant = self._caller.tenant
+        request_id = request.request_id or self._gateway.new_request_id(tenant)
+        asked = request_from_proto(request, request_id, left_s, tenant)
         with_logprobs = asked.params.logprobs is not None
         stream = cast(AsyncGenerator[Chunk | Complete, None], self._gateway.generate(asked))
         async with aclosing(stream) as parts:
@@ -90,11 +139,13 @@ class _Inference:
         match request.WhichOneof("input"):
             case "text":
                 self._check_chars("text", len(request.text))
-                token_ids = tokenizer.encode(request.text)
+                encode = partial(tokenizer.encode, request.text)
+                token_ids = await self._gateway.texts.run(len(request.text), encode)
             case "messages":
                 messages = messages_from_proto(request.messages)
-                self._check_chars("messages", sum(len(turn.role) + len(turn.content) for turn in messages))
-                token_ids = tokenizer.encode_chat([{"role": turn.role, "content": turn.content} for turn in messages])
+                self._check_chars("messages", chars := text_chars(messages))
+                turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+                token_ids = await self._gateway.texts.run(chars, partial(tokenizer.encode_chat, turns))
             case _:
                 raise InvalidArgument("input", None, "text or messages")
         return inference_pb2.TokenizeResponse(token_ids=token_ids)
@@ -104,12 +155,15 @@ class _Inference:
     ) -> inference_pb2.DetokenizeResponse:
         skip_special_tokens = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         self._check_chars("token_ids", len(request.token_ids))
-        text = self._tokenizer().decode(list(request.token_ids), skip_special_tokens)
+        decode = partial(self._tokenizer().decode, list(request.token_ids), skip_special_tokens)
+        text = await self._gateway.texts.run(len(request.token_ids), decode)
         return inference_pb2.DetokenizeResponse(text=text)
 
     async def get_status(
         self, request: inference_pb2.GetStatusRequest, context: Context
     ) -> inference_pb2.GetStatusResponse:
+        if not self._caller.is_operator:
+            raise PermissionDenied("the cluster's status is for operators (gateway.auth.operators)")
         return status_to_proto(self._gateway.status(asyncio.get_running_loop().time()))
 
     def _tokenizer(self) -> Tokenizer:

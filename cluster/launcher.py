@@ -3,7 +3,7 @@
     open   start or join Ray
     start  one placement group with a bundle per rank ─▶ one actor per bundle ─▶ `run`, watched
     add    the bundles of one that was removed, else a placement group of its own ─▶ as above
-    remove leave ─▶ drained ─▶ kill
+    remove stop ─▶ drained ─▶ kill; restart: the same, and new actors on the same bundles
     died   Ray starts the actor again (at most `max_restarts` times in a row); `run` is called anew, on all its ranks
     close  stop ─▶ kill ─▶ give the bundles back ─▶ leave Ray, which ends a Ray of our own
 
@@ -14,7 +14,6 @@ thread that started them ends, so a thread of a pool that may shrink would take 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.util
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import RankActor, WorkerActor
@@ -31,6 +29,7 @@ from cluster.config import TandemConfig, to_json
 from cluster.environment import worker_variables
 from cluster.fleet import Log
 from cluster.ray_address import check_reachable
+from cluster.ray_seats import RaySeats, Seat
 from cluster.ray_thread import RayThread
 from cluster.registry import Role
 from cluster.restarts import Restarts
@@ -38,36 +37,25 @@ from cluster.worker_config import most_ranks, ranks_of, worker_config
 from cluster.worker_spec import WorkerNames, WorkerSpec, worker_names
 from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
-# For a Ray of our own, which has its resources at once; a cluster may have to start machines first.
-PLACE_LOCAL_S = 20.0
-PLACE_POLL_S = 0.1
 # Nothing but a few small messages goes through Ray, so its object store stays near the least that it accepts.
 OBJECT_STORE_BYTES = 80 << 20
 RESTART_PAUSE_S = 0.5
-# After the workers' own time to finish what runs.
-KILL_AFTER_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Seat:
-    """The bundles of one worker's ranks: `ranks` of them in `group` from `first` on."""
-
-    group: PlacementGroup
-    first: int
-    ranks: int
-    bundle: dict[str, float]
+# A worker ends itself within ten seconds after `drain_s`, whatever hangs (cluster/watchdog.py).
+KILL_AFTER_S = 15.0
 
 
 @dataclass(slots=True, eq=False)
 class _Hand:
     """One worker: its actors, the other ranks' as `followers`, and the task that keeps it running. `is_extra`: added
-    later, so that the service goes on without it."""
+    later, so that the service goes on without it. `is_ending`: told to end, so that its death is none."""
 
+    role: Role
     worker_id: str
-    seat: _Seat
+    seat: Seat
     leader: Any
     followers: list[Any]
     is_extra: bool = False
+    is_ending: bool = False
     watcher: asyncio.Task[None] | None = None
 
 
@@ -78,10 +66,10 @@ class RayFleet:
         self._config = config
         self._log = log
         self._ray = RayThread()
-        self._groups: list[PlacementGroup] = []
+        self._seats = RaySeats(config, self._ray)
         self._hands: dict[str, _Hand] = {}
         # Seats of workers that were removed.
-        self._free: list[_Seat] = []
+        self._free: list[Seat] = []
         self._names = WorkerNames(config.cluster)
         self._gateway = ""
         self._failure: TandemError | None = None
@@ -98,17 +86,17 @@ class RayFleet:
         self._gateway = gateway
         names = worker_names(self._config.cluster)
         ranks = [ranks_of(self._config, role) for role, _ in names]
-        bundle = await self._ray.call(self._bundle, sum(ranks))
-        group = await self._place([bundle] * sum(ranks), ranks)
-        firsts = itertools.accumulate(ranks, initial=0)
-        for (role, worker_id), count, first in zip(names, ranks, firsts, strict=False):
-            await self._seat(role, worker_id, _Seat(group, first, count, bundle))
+        for (role, worker_id), seat in zip(names, await self._seats.take(ranks), strict=True):
+            await self._seat(role, worker_id, seat)
         for hand in self._hands.values():
             self._watch(hand)
 
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def worker_ids(self) -> list[str]:
+        return list(self._hands)
 
     def has(self, worker_id: str) -> bool:
         return worker_id in self._hands
@@ -118,8 +106,7 @@ class RayFleet:
         seat = next((seat for seat in self._free if seat.ranks == ranks), None)
         if seat is None:
             there = sum(hand.seat.ranks for hand in self._hands.values())
-            bundle = await self._ray.call(self._bundle, there + ranks)
-            seat = _Seat(await self._place([bundle] * ranks, [ranks]), 0, ranks, bundle)
+            (seat,) = await self._seats.take([ranks], there)
         else:
             self._free.remove(seat)
         hand = await self._seat(role, self._names.next(role), seat, is_extra=True)
@@ -127,26 +114,25 @@ class RayFleet:
         return hand.worker_id
 
     async def remove(self, worker_id: str) -> None:
-        hand = self._hands.pop(worker_id, None)
-        if hand is None or hand.watcher is None:
-            raise NotFound("worker", worker_id, ", ".join(self._hands))
-        try:
-            await self._ray.call(hand.leader.leave.remote)
-            await asyncio.wait([hand.watcher], timeout=self._config.cluster.controller.drain_limit_s + KILL_AFTER_S)
-        finally:
-            hand.watcher.cancel()
-            await asyncio.gather(hand.watcher, return_exceptions=True)
-            await self._ray.call(self._kill, hand)
+        hand = self._hand(worker_id)
+        del self._hands[worker_id]
+        await self._end(hand)
         self._free.append(hand.seat)
         self._log(f"worker {worker_id} has left")
+
+    async def restart(self, worker_id: str) -> None:
+        hand = self._hand(worker_id)
+        await self._end(hand)
+        self._watch(await self._seat(hand.role, worker_id, hand.seat, is_extra=hand.is_extra))
 
     async def close(self) -> None:
         watchers = [hand.watcher for hand in self._hands.values() if hand.watcher is not None]
         try:
             for hand in self._hands.values():
+                hand.is_ending = True
                 await self._ray.call(hand.leader.stop.remote)
             if watchers:
-                await asyncio.wait(watchers, timeout=self._config.cluster.stop_timeout_s + KILL_AFTER_S)
+                await asyncio.wait(watchers, timeout=self._config.cluster.drain_s + KILL_AFTER_S)
         finally:
             for watcher in watchers:
                 watcher.cancel()
@@ -154,7 +140,24 @@ class RayFleet:
             await self._ray.call(self._leave)
             self._ray.close()
 
-    async def _seat(self, role: Role, worker_id: str, seat: _Seat, *, is_extra: bool = False) -> _Hand:
+    def _hand(self, worker_id: str) -> _Hand:
+        if worker_id not in self._hands:
+            raise NotFound("worker", worker_id, ", ".join(self._hands))
+        return self._hands[worker_id]
+
+    async def _end(self, hand: _Hand) -> None:
+        """Drains a worker, for its time at most, and ends its actors."""
+        assert hand.watcher is not None, "a worker is watched as long as it is known"
+        hand.is_ending = True
+        try:
+            await self._ray.call(hand.leader.stop.remote)
+            await asyncio.wait([hand.watcher], timeout=self._config.cluster.drain_s + KILL_AFTER_S)
+        finally:
+            hand.watcher.cancel()
+            await asyncio.gather(hand.watcher, return_exceptions=True)
+            await self._ray.call(self._kill, hand)
+
+    async def _seat(self, role: Role, worker_id: str, seat: Seat, *, is_extra: bool = False) -> _Hand:
         """Creates a worker's actors."""
         config = to_json(worker_config(self._config, role))
         spec = WorkerSpec(role, worker_id, self._gateway)
@@ -162,29 +165,11 @@ class RayFleet:
         followers = [
             await self._ray.call(self._create, seat, rank, RankActor, rank, config) for rank in range(1, seat.ranks)
         ]
-        hand = self._hands[worker_id] = _Hand(worker_id, seat, leader, followers, is_extra)
+        hand = self._hands[worker_id] = _Hand(role, worker_id, seat, leader, followers, is_extra)
         return hand
 
     def _watch(self, hand: _Hand) -> None:
         hand.watcher = asyncio.create_task(self._keep_running(hand), name=hand.worker_id)
-
-    async def _place(self, bundles: list[dict[str, float]], ranks: list[int]) -> PlacementGroup:
-        """Waits for the bundles, and meanwhile leaves Ray's thread to others. Raises ConfigError."""
-        group, too_many = await self._ray.call(self._ask_for, bundles, ranks)
-        cluster = self._config.cluster
-        clock = asyncio.get_running_loop().time
-        give_up_s = clock() + (cluster.start_timeout_s if cluster.is_remote else PLACE_LOCAL_S)
-        self._groups.append(group)
-        try:
-            while not await self._ray.call(group.wait, PLACE_POLL_S):
-                if clock() > give_up_s:
-                    raise too_many
-                await asyncio.sleep(PLACE_POLL_S)
-        except BaseException:
-            self._groups.remove(group)
-            await self._ray.call(remove_placement_group, group)
-            raise
-        return group
 
     # ── in Ray's thread ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -211,33 +196,8 @@ class RayFleet:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"{problem}: {_first_line(error)}") from error
 
-    def _bundle(self, count: int) -> dict[str, float]:
-        cluster = self._config.cluster
-        there = _resources().get("GPU", 0.0)
-        gpus = cluster.gpus_per_worker
-        if gpus is None:
-            gpus = 0.0 if self._config.engine.device == "cpu" else min(1.0, there / count)
-        bundle = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
-        return {name: amount for name, amount in bundle.items() if amount > 0}
-
-    def _ask_for(self, bundles: list[dict[str, float]], ranks: list[int]) -> tuple[PlacementGroup, ConfigError]:
-        """Bundles that are still to be placed, and what to raise if they are not."""
-        cluster = self._config.cluster
-        if not bundles[0]:
-            raise ConfigError("cluster.cpus_per_worker: got 0, expected more than 0 where workers get no GPU")
-        what = "workers" if max(ranks) == 1 else "ranks of workers"
-        too_many = ConfigError(
-            f"cluster: got {len(bundles)} {what} of {bundles[0]} each ({cluster.placement}), expected no more than "
-            f"the Ray cluster can place: it has {_resources()}"
-        )
-        needed = {name: amount * len(bundles) for name, amount in bundles[0].items()}
-        # A Ray of our own never grows, so there is nothing to wait for.
-        if not cluster.is_remote and any(_resources().get(name, 0.0) < amount for name, amount in needed.items()):
-            raise too_many
-        return placement_group(bundles, strategy=cluster.placement), too_many
-
     def _create(
-        self, seat: _Seat, rank: int, actor: type[WorkerActor | RankActor], who: WorkerSpec | int, config: str
+        self, seat: Seat, rank: int, actor: type[WorkerActor | RankActor], who: WorkerSpec | int, config: str
     ) -> Any:  # noqa: ANN401
         place = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=seat.first + rank)
         return (
@@ -262,8 +222,7 @@ class RayFleet:
             return
         for hand in self._hands.values():
             self._kill(hand)
-        for group in self._groups:
-            remove_placement_group(group)
+        self._seats.give_back()
         ray.shutdown()
 
     # ── supervision ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -285,6 +244,8 @@ class RayFleet:
             else:
                 if problem:
                     await self._fail(hand, ConfigError(f"worker {worker_id}: {problem}"))
+                return
+            if hand.is_ending:
                 return
             self._log(f"worker {worker_id} {what}; {restarts.then(may_start)}")
             if not may_start:
@@ -338,12 +299,6 @@ class RayFleet:
                 return
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(RESTART_PAUSE_S)
-
-
-def _resources() -> dict[str, float]:
-    """CPUs and GPUs of the whole cluster, in use or not."""
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return {name: amount for name, amount in there.items() if name in ("CPU", "GPU")}
 
 
 def _first_line(error: BaseException) -> str:

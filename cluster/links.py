@@ -10,6 +10,7 @@ Failed(Unavailable), and the next request opens it anew.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,12 @@ from dataclasses import replace
 
 from decode_worker.stream import Cancel, Command, DecodeSession, DecodeTransport, Done, Event, Failed, Submit
 from engine.errors import TandemError, Unavailable
+from engine.refusal_log import RefusalLog
+
+_log = logging.getLogger(__name__)
+
+# What requests are told that the end of the gateway cuts short, and those that come too late.
+SHUTTING_DOWN = "the gateway is shutting down"
 
 
 class DecodeLinks:
@@ -25,27 +32,35 @@ class DecodeLinks:
     def __init__(self, transport: DecodeTransport) -> None:
         self._transport = transport
         self._links: dict[str, _Link] = {}
+        self._refusals = RefusalLog()
         self._submit_count = 0
         self.is_closed = False
 
     @asynccontextmanager
     async def submit(
-        self, address: str, submit: Submit, notice: Callable[[Event], None] | None = None
+        self,
+        address: str,
+        submit: Submit,
+        notice: Callable[[Event], None] | None = None,
+        ticket: Callable[[Submit], bytes] | None = None,
     ) -> AsyncIterator[Mailbox]:
         """Starts a request and yields its events, which end with Done or Failed; `notice` gets each when it comes,
-        however late it is read. Leaving the context earlier cancels the request; neither entering nor leaving ever
+        however late it is read. A TandemError that it raises breaks the link: who says what nobody asked for is not
+        to be believed in anything. Leaving the context earlier cancels the request; neither entering nor leaving ever
         waits. Raises Unavailable after `close`.
 
         On the wire the request's id gets a number, so that what an earlier request of the same id left behind is not
-        taken for this one's. Its events carry that id.
+        taken for this one's. Its events carry that id, and `ticket` makes its ticket for that one.
         """
         if self.is_closed:
-            raise Unavailable("the gateway is shutting down")
+            raise Unavailable(SHUTTING_DOWN)
         link = self._links.get(address)
         if link is None or link.is_broken:
-            link = self._links[address] = _Link(self._transport, address)
+            link = self._links[address] = _Link(self._transport, address, self._refused, self._forget)
         self._submit_count += 1
         submit = replace(submit, request_id=f"{submit.request_id}#{self._submit_count}")
+        if ticket is not None:
+            submit = replace(submit, ticket=ticket(submit))
         mailbox = link.start(submit, Mailbox(notice))
         try:
             yield mailbox
@@ -55,14 +70,26 @@ class DecodeLinks:
     async def close(self) -> None:
         """Ends every link; requests still running get Failed(Unavailable)."""
         self.is_closed = True
-        await asyncio.gather(*(link.close() for link in self._links.values()))
-        self._links.clear()
+        await asyncio.gather(*(link.close() for link in list(self._links.values())))
+
+    def _refused(self, address: str, error: TandemError) -> None:
+        line = self._refusals.line(
+            address, "decode worker was not believed", asyncio.get_running_loop().time(), str(error)
+        )
+        if line is not None:
+            _log.warning("%s", line)
+
+    def _forget(self, link: _Link) -> None:
+        """It is over. A worker that comes back mostly has another address."""
+        if self._links.get(link.address) is link:
+            del self._links[link.address]
 
 
 class Mailbox:
     """Events of one request on their way to its reader.
 
-    Bounded by the request itself: at most one event per token it may draw (n × max_tokens), and one for its end.
+    Bounded by the request itself: at most one event per token it may draw (n × max_tokens), one for the end of each
+    choice and one for its own, as long as `notice` refuses what goes beyond.
     After `expire` the reader still gets what is here, then TimeoutError: one timer for a whole request, instead of one
     around each of its waits. `came_s`: when the event that was read last came, however late its reader took it.
     """
@@ -78,11 +105,11 @@ class Mailbox:
     def put(self, event: Event) -> None:
         if self.has_ended:
             return
+        if self._notice is not None:
+            self._notice(event)
         self.has_ended = isinstance(event, Done | Failed)
         self._events.append((event, asyncio.get_running_loop().time()))
         self._arrived.set()
-        if self._notice is not None:
-            self._notice(event)
 
     def expire(self) -> None:
         self._is_late = True
@@ -110,9 +137,17 @@ class _Link:
     gateway's admission as long as the worker ends what it was told to cancel.
     """
 
-    def __init__(self, transport: DecodeTransport, address: str) -> None:
+    def __init__(
+        self,
+        transport: DecodeTransport,
+        address: str,
+        refused: Callable[[str, TandemError], None],
+        ended: Callable[[_Link], None],
+    ) -> None:
+        self.address = address
         self._transport = transport
-        self._address = address
+        self._refused = refused
+        self._ended = ended
         self._mailboxes: dict[str, Mailbox] = {}
         self._outbox: deque[Command] = deque()
         self._has_mail = asyncio.Event()
@@ -139,21 +174,23 @@ class _Link:
         self._has_mail.set()
 
     async def close(self) -> None:
-        self._break("the gateway is shutting down")
+        self._fail(Unavailable(SHUTTING_DOWN))
         self._task.cancel()
         await asyncio.wait([self._task])
 
     def _break(self, problem: str) -> None:
-        """Fails what runs here. Only the first call's `problem` reaches the requests."""
+        self._fail(Unavailable(f"lost the decode worker at {self.address}: {problem}"))
+
+    def _fail(self, error: Unavailable) -> None:
+        """Ends what runs here. Only the first call's `error` reaches the requests."""
         self.is_broken = True
         self._outbox.clear()
         for request_id, mailbox in self._mailboxes.items():
-            lost = Unavailable(f"lost the decode worker at {self._address}: {problem}")
-            mailbox.put(Failed(request_id, lost))
+            mailbox.put(Failed(request_id, error))
 
     async def _run(self) -> None:
         try:
-            async with self._transport.attach(self._address) as session:
+            async with self._transport.attach(self.address) as session:
                 try:
                     await self._pump(session)
                 except TandemError as error:
@@ -165,6 +202,7 @@ class _Link:
             self._break(str(error))
         finally:
             self._break("its token stream ended")
+            self._ended(self)
 
     async def _pump(self, session: DecodeSession) -> None:
         """Reads and writes until either ends; raises what it ended with."""
@@ -185,8 +223,13 @@ class _Link:
             for event in frame.events:
                 # A request that was left may still be in frames that were on their way.
                 mailbox = self._mailboxes.get(event.request_id)
-                if mailbox is not None:
+                if mailbox is None:
+                    continue
+                try:
                     mailbox.put(event)
+                except TandemError as error:
+                    self._refused(self.address, error)
+                    raise
 
     async def _write(self, session: DecodeSession) -> None:
         while True:

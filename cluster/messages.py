@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.batch import Sampled
 from engine.objectives import NO_OBJECTIVES, Objectives
@@ -20,21 +20,23 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """`prompt` is text, token ids or a chat. `request_id` is unique among running requests; "" asks the gateway for
-    one. `model` "" means the one that is served. `salt` separates tenants in the prefix cache. `deadline_s`: seconds
-    from arrival, None for the gateway's default. `objectives` are the request's own; what they leave open is taken
-    from the gateway's class `slo_class`, then from its configuration. `on_failure`: what becomes of it when a worker is
-    lost ("recompute", "retry", "fail"), "" for the gateway's default."""
+    """`prompt` is text, token ids or a chat. `request_id` is unique among its tenant's running requests; "" asks the
+    gateway for one. `model` "" means the one that is served. `salt` separates prefixes of one tenant. `deadline_s`:
+    seconds from arrival, None for the gateway's default. `objectives` are the request's own; what they leave open is
+    taken from the gateway's class `slo_class`, then from its configuration. `on_failure`: what becomes of it when a
+    worker is lost ("recompute", "retry", "fail"), "" for the gateway's default. `tenant`: whose request it is, "" where
+    nobody is told apart."""
 
     request_id: str
-    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    prompt: str | tuple[int, ...] | tuple[Message, ...] = field(repr=False)
     params: SamplingParams
     model: str = ""
-    salt: bytes = b""
+    salt: bytes = field(default=b"", repr=False)
     deadline_s: float | None = None
     objectives: Objectives = NO_OBJECTIVES
     slo_class: str = ""
     on_failure: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ class WorkerStatus:
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """The cluster as the gateway sees it at one moment; workers in order of role and id. `attainment`: shares of the
-    last `attainment_window` requests that met both objectives, the one, the other; rejected ones met none."""
+    last `attainment_window` requests that met both objectives, the one, the other; rejected ones met none. What was
+    refused for its tenant's quota is counted apart, and in none of these."""
 
     model: str
     workers: tuple[WorkerStatus, ...]
@@ -131,3 +134,4 @@ class ClusterStatus:
     attainment_ttft: float = 0.0
     attainment_tpot: float = 0.0
     attainment_window: int = 0
+    requests_over_quota: int = 0

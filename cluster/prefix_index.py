@@ -122,7 +122,9 @@ class PrefixMatch:
 
 
 class PrefixIndex:
-    """Block names by worker. At most `max_entries` (name, worker) pairs are kept; beyond that no new ones are taken."""
+    """Block names by worker. At most `max_entries` (name, worker) pairs are kept; beyond that no new ones are taken.
+    Beyond half of that no worker gets more than its equal share, so that one that names too many leaves others theirs.
+    """
 
     def __init__(self, max_entries: int = 1 << 20) -> None:
         self._max_entries = max_entries
@@ -213,8 +215,11 @@ class PrefixIndex:
                     self._discard(worker_id, name)
 
     def _add(self, worker_id: str, name: int) -> bool:
-        if self.entry_count >= self._max_entries:
-            return False
+        if 2 * self.entry_count >= self._max_entries:
+            held = self._workers[worker_id]
+            share = self._max_entries / len(self._workers)
+            if self.entry_count >= self._max_entries or len(held.known) + len(held.hoped) >= share:
+                return False
         self.entry_count += 1
         holders = self._holders.get(name)
         # Most blocks are held by one worker: a dict for each of them would take most of the memory.

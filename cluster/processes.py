@@ -1,9 +1,10 @@
 """Workers as plain child processes of this one, on this machine: no Ray.
 
     spawn ─▶ running ─ exit 2 ─▶ failed for good (its last line on stderr says why)
-      ▲         ├─ other exit ─▶ again, at most `max_restarts` times in a row
+      ▲         ├─ exit 0 ─▶ again: it was told to end, by SIGTERM, and has drained
+      ├─────────┼─ other exit ─▶ again, at most `max_restarts` times in a row
       └─────────┘
-                └─ told to leave ─▶ drained ─▶ exit 0
+                └─ removed: SIGTERM ─▶ drained ─▶ exit 0
 
 Each child holds the reading end of a pipe whose writing end only this process has. However this process ends, the pipe
 closes, and the child with it: nothing is left behind.
@@ -14,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.config import TandemConfig, to_json
 from cluster.environment import child_environment
-from cluster.fleet import LEAVE, Log
+from cluster.fleet import Log
 from cluster.registry import Role
 from cluster.restarts import Restarts
 from cluster.worker_spec import WorkerNames, worker_names
@@ -29,11 +30,18 @@ from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
 USAGE_EXIT_CODE = 2
 RESTART_PAUSE_S = 0.5
-# After the workers' own time to finish what runs.
-KILL_AFTER_S = 5.0
+# A worker ends itself within ten seconds after `drain_s`, whatever hangs (cluster/watchdog.py).
+KILL_AFTER_S = 15.0
 LINE_BYTES_MAX = 1 << 16
 # How the command line begins its one line about an error.
 ERROR_PREFIX = "tandem: error: "
+# Given its role and id: the beginning of a worker's command line, up to the role.
+Program = Callable[[Role, str], Sequence[str]]
+
+
+def worker_program(role: Role, worker_id: str) -> Sequence[str]:
+    """`tandem worker`, by this Python."""
+    return [sys.executable, "-P", "-m", "cluster.cli", "worker"]
 
 
 @dataclass(slots=True, eq=False)
@@ -51,9 +59,10 @@ class _Child:
 class ProcessFleet:
     """Implements cluster.fleet.Fleet."""
 
-    def __init__(self, config: TandemConfig, log: Log) -> None:
+    def __init__(self, config: TandemConfig, log: Log, program: Program = worker_program) -> None:
         self._config = config
         self._log = log
+        self._program = program
         self._folder = TemporaryDirectory(prefix="tandem-")
         self._path = Path(self._folder.name) / "config.json"
         self._children: dict[str, _Child] = {}
@@ -86,6 +95,9 @@ class ProcessFleet:
         if self._failure is not None:
             raise self._failure
 
+    def worker_ids(self) -> list[str]:
+        return list(self._children)
+
     def has(self, worker_id: str) -> bool:
         return worker_id in self._children
 
@@ -95,19 +107,29 @@ class ProcessFleet:
         return worker_id
 
     async def remove(self, worker_id: str) -> None:
-        child = self._children.get(worker_id)
-        if child is None or child.task is None:
-            raise NotFound("worker", worker_id, ", ".join(self._children))
+        child = self._child(worker_id)
+        assert child.task is not None, "a child has a task as long as it is known"
         child.is_leaving = True
         if child.process is None:
             # Between two lives: there is nothing to drain.
             child.task.cancel()
         else:
-            await _tell(child.process, LEAVE)
-        cluster = self._config.cluster
-        await asyncio.wait([child.task], timeout=cluster.controller.drain_limit_s + KILL_AFTER_S)
+            child.process.terminate()
+        await asyncio.wait([child.task], timeout=self._config.cluster.drain_s + KILL_AFTER_S)
         child.task.cancel()
         await asyncio.wait([child.task])
+
+    async def restart(self, worker_id: str) -> None:
+        process = self._child(worker_id).process
+        if process is None:
+            return
+        process.terminate()
+        try:
+            async with asyncio.timeout(self._config.cluster.drain_s + KILL_AFTER_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
 
     async def close(self) -> None:
         tasks = [child.task for child in self._children.values() if child.task is not None]
@@ -116,8 +138,15 @@ class ProcessFleet:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._folder.cleanup()
 
+    def _child(self, worker_id: str) -> _Child:
+        child = self._children.get(worker_id)
+        if child is None:
+            raise NotFound("worker", worker_id, ", ".join(self._children))
+        return child
+
     def _spawn(self, role: Role, worker_id: str, *, is_extra: bool = False) -> None:
-        child = _Child(worker_id, _command(role, worker_id, self._gateway, self._path), is_extra)
+        options = ["--id", worker_id, "--gateway", self._gateway, "--config", str(self._path), "--lifeline"]
+        child = _Child(worker_id, [*self._program(role, worker_id), role, *options], is_extra)
         self._children[worker_id] = child
         child.task = asyncio.create_task(self._keep_running(child), name=worker_id)
         child.task.add_done_callback(lambda _: self._children.pop(worker_id, None))
@@ -133,6 +162,9 @@ class ProcessFleet:
             if code == USAGE_EXIT_CODE:
                 self._fail(child, ConfigError(f"worker {child.worker_id}: {last_line}"))
                 return
+            if code == 0:
+                self._log(f"worker {child.worker_id} has drained; starting it again")
+                continue
             what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             may_start = restarts.died(clock())
             self._log(f"worker {child.worker_id} {what}; {restarts.then(may_start)}")
@@ -165,7 +197,7 @@ class ProcessFleet:
             return await process.wait(), last_line
         finally:
             child.process = None
-            await _end(process, self._config.cluster.stop_timeout_s + KILL_AFTER_S)
+            await _end(process, self._config.cluster.drain_s + KILL_AFTER_S)
 
     async def _relay(self, worker_id: str, process: asyncio.subprocess.Process) -> str:
         """Passes the worker's stderr on until it closes."""
@@ -182,19 +214,6 @@ class ProcessFleet:
             last_line = line or last_line
             if line and not line.startswith(ERROR_PREFIX):
                 self._log(f"{worker_id}: {line}")
-
-
-def _command(role: Role, worker_id: str, gateway: str, config: Path) -> list[str]:
-    worker = [sys.executable, "-P", "-m", "cluster.cli", "worker", role, "--id", worker_id, "--gateway", gateway]
-    return [*worker, "--config", str(config), "--lifeline"]
-
-
-async def _tell(process: asyncio.subprocess.Process, line: bytes) -> None:
-    assert process.stdin is not None, "stdin is a pipe"
-    process.stdin.write(line)
-    # A process that is gone needs no telling.
-    with suppress(ConnectionError):
-        await process.stdin.drain()
 
 
 async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:

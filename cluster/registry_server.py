@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -10,14 +13,18 @@ import grpc.aio
 from tandem.v1 import worker_pb2
 
 from cluster.registry import HeartbeatReply, KVEvents, Role, WorkerReport
-from engine.errors import Unavailable
+from engine.errors import InvalidArgument, Unavailable
 from engine.stats import LoopStats
 from kvtransfer.rpc import rpc_errors
+from kvtransfer.rpc_channel import Channels
 from kvtransfer.rpc_server import RpcService
+from kvtransfer.rpc_version import SPOKEN, Versions, agree_with_server
 
 DESCRIPTOR = worker_pb2.DESCRIPTOR.services_by_name["Registry"]
 METHOD = "/tandem.v1.Registry/Heartbeat"
 INTERVAL_MAX_S = 3600.0
+# How far a worker's clock may be ahead of the gateway's: its incarnation is the time at which it began.
+CLOCKS_APART_NS = 3600 * 10**9
 Heartbeat: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[worker_pb2.WorkerStats, worker_pb2.HeartbeatReply]"
 
 _STATS = tuple(LoopStats.__dataclass_fields__)
@@ -30,34 +37,54 @@ def registry_service(take: Callable[[WorkerReport], HeartbeatReply]) -> RpcServi
     async def heartbeat(
         message: worker_pb2.WorkerStats, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.HeartbeatReply:
+        if message.incarnation > time.time_ns() + CLOCKS_APART_NS:
+            raise InvalidArgument("incarnation", message.incarnation, "a time in the past: do the clocks differ?")
         reply = take(report_from_proto(message))
-        return worker_pb2.HeartbeatReply(interval_s=reply.interval_s, role=reply.role, kv_resync=reply.kv_resync)
+        return worker_pb2.HeartbeatReply(**asdict(reply))
 
     handler = grpc.unary_unary_rpc_method_handler(
         heartbeat,
         request_deserializer=worker_pb2.WorkerStats.FromString,
         response_serializer=worker_pb2.HeartbeatReply.SerializeToString,
     )
-    return RpcService(DESCRIPTOR, {"Heartbeat": handler})
+    return RpcService(DESCRIPTOR, {"Heartbeat": handler}, is_internal=True)
 
 
-async def send_heartbeat(channel: grpc.aio.Channel, report: WorkerReport, timeout_s: float = 5.0) -> HeartbeatReply:
+async def send_heartbeat(
+    channels: Channels, gateway: str, report: WorkerReport, timeout_s: float = 5.0, spoken: Versions = SPOKEN
+) -> HeartbeatReply:
     """Reports once; returns the gateway's answer. Raises TandemErrors only.
 
-    With a channel bound to it, this is the `send` of cluster.heartbeat.report_forever.
+    With channels and address bound to it, this is the `send` of cluster.heartbeat.report_forever.
     """
-    heartbeat: Heartbeat = channel.unary_unary(
+    heartbeat: Heartbeat = channels.get(gateway).unary_unary(
         METHOD,
         request_serializer=worker_pb2.WorkerStats.SerializeToString,
         response_deserializer=worker_pb2.HeartbeatReply.FromString,
     )
     async with rpc_errors():
-        reply = await heartbeat(report_to_proto(report), timeout=timeout_s)
+        call = heartbeat(report_to_proto(report), timeout=timeout_s, metadata=spoken.metadata)
+        reply = await call
+        await agree_with_server(call, spoken, "the gateway")
+    return reply_from_proto(reply)
+
+
+def reply_from_proto(reply: worker_pb2.HeartbeatReply) -> HeartbeatReply:
+    """Raises Unavailable for an answer that no gateway of this version gives."""
     if not 0 < reply.interval_s <= INTERVAL_MAX_S:
         raise Unavailable(f"the gateway asks for a report every {reply.interval_s} s")
     if reply.role not in ("", "prefill", "decode"):
         raise Unavailable(f"the gateway asks for the role {reply.role!r}")
-    return HeartbeatReply(reply.interval_s, cast(Role, reply.role), reply.kv_resync)
+    if not math.isfinite(reply.now_s):
+        raise Unavailable(f"the gateway says that it is {reply.now_s} s")
+    return HeartbeatReply(
+        reply.interval_s,
+        cast(Role, reply.role),
+        reply.kv_resync,
+        reply.on_its_way,
+        ticket_key=reply.ticket_key,
+        now_s=reply.now_s,
+    )
 
 
 def report_to_proto(report: WorkerReport) -> worker_pb2.WorkerStats:
@@ -70,6 +97,7 @@ def report_to_proto(report: WorkerReport) -> worker_pb2.WorkerStats:
         model=report.model,
         links=[worker_pb2.LinkRate(prefill_address=to, bytes_per_s=rate) for to, rate in report.links],
         kv_events=_events_to_proto(report.kv_events),
+        public_key=report.public_key,
         **stats,
     )
 
@@ -89,6 +117,7 @@ def report_from_proto(message: worker_pb2.WorkerStats) -> WorkerReport:
         stats=LoopStats(**stats),
         links=tuple((link.prefill_address, link.bytes_per_s) for link in message.links),
         kv_events=_events_from_proto(message.kv_events) if message.HasField("kv_events") else None,
+        public_key=message.public_key,
     )
 
 

@@ -14,8 +14,9 @@ from cluster.messages import Complete, GenerateRequest, Usage
 from cluster.prefix_index import BlockNames
 from cluster.routing.booking import Booking
 from cluster.routing.query import RouteQuery
-from decode_worker.stream import Done, Submit
-from engine.errors import DeadlineExceeded
+from cluster.security.quotas import Charge
+from decode_worker.stream import Delta, Done, Submit
+from engine.errors import DeadlineExceeded, Unavailable
 from engine.objectives import Objectives
 from engine.request import Receipt
 
@@ -32,10 +33,12 @@ class Run:
     arrived_s: float
     deadline_s: float | None
     answer: Answer
+    charge: Charge
     seed: int | None = None
     handed_over_s: float = 0.0
     submitted_s: float = 0.0
     booking: Booking | None = None
+    drawn: int = 0
     handed_back: int = 0
     retries: int = 0
     done: Done | None = None
@@ -51,6 +54,23 @@ class Run:
     def is_resumed(self) -> bool:
         """Whether tokens of it came from a worker that was lost."""
         return self.answer.first_s is not None
+
+    @property
+    def used_tokens(self) -> int:
+        """Of its tenant's quota: none as long as no worker has had it."""
+        return len(self.token_ids) + self.answer.token_count if self.booking is not None else 0
+
+    def believe(self, delta: Delta, vocab_size: int) -> None:
+        """Call with a worker's tokens when they come. Raises Unavailable where they are not what was asked for."""
+        params, drawn = self.request.params, self.drawn + len(delta.tokens)
+        if not 0 <= delta.choice < params.n:
+            raise Unavailable(f"it drew choice {delta.choice} of {params.n}")
+        if drawn > params.n * params.max_tokens:
+            raise Unavailable(f"it drew more than {params.n} times {params.max_tokens} tokens")
+        # They may become part of a prompt, on another worker.
+        if any(token.token_id >= vocab_size for token in delta.tokens):
+            raise Unavailable(f"it drew tokens that are none of {vocab_size}")
+        self.drawn = drawn
 
     def query(self) -> RouteQuery:
         """The question to the router."""
@@ -75,7 +95,7 @@ class Run:
         """What to hand to the worker of `booking`. Raises DeadlineExceeded."""
         assert self.seed is not None, "a seed is drawn before the first attempt"
         self.submitted_s = now
-        if not self.retries:
+        if not (self.retries or self.is_resumed):
             self.handed_over_s = now
         left_s = None if self.deadline_s is None else self.deadline_s - now
         if left_s is not None and left_s <= 0:

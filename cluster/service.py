@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -24,35 +24,41 @@ EVERYWHERE = ("0.0.0.0", "[::]", "::")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`address` is where clients on this machine reach it."""
+    """`address` is where clients on this machine reach it, `registry_address` where workers report."""
 
     gateway: Gateway
     address: str
+    registry_address: str
     fleet: Fleet
 
 
 @asynccontextmanager
-async def running_service(config: TandemConfig, progress: Progress) -> AsyncIterator[Service]:
+async def running_service(
+    config: TandemConfig, progress: Progress, fleet_of: Callable[[TandemConfig, Log], Fleet] | None = None
+) -> AsyncIterator[Service]:
     """Starts everything and waits until every worker has reported; ends everything when the context is left.
+    `fleet_of` makes the workers' home, None for the one that the configuration asks for.
 
     Raises TandemErrors that say what cannot be had: the model, the port, Ray, a worker.
     """
     async with AsyncExitStack() as stack:
         async with progress.step("model files") as say:
             files = await asyncio.to_thread(resolve, config.engine.model, say)
-        fleet = make_fleet(config, progress.line)
+        fleet = (fleet_of or make_fleet)(config, progress.line)
         stack.push_async_callback(fleet.close)
         async with progress.step(_home(config)):
             reached_at = await fleet.open()
         async with progress.step("gateway"):
             host = config.cluster.grpc_host or reached_at
             running = await stack.enter_async_context(running_gateway(config, files, host, fleet))
-            port = running.address.rpartition(":")[2]
+            port, registry_port = (at.rpartition(":")[2] for at in (running.address, running.registry_address))
         count = len(worker_names(config.cluster))
         async with progress.step(f"{count} worker{'s' if count > 1 else ''}, each loading the model"):
-            await fleet.start(f"{reached_at if host in EVERYWHERE else host}:{port}")
+            registry_address = f"{reached_at if host in EVERYWHERE else host}:{registry_port}"
+            await fleet.start(registry_address)
             await _all_report(config, running.gateway, fleet)
-        yield Service(running.gateway, f"{'127.0.0.1' if host in EVERYWHERE else host}:{port}", fleet)
+        address = f"{'127.0.0.1' if host in EVERYWHERE else host}:{port}"
+        yield Service(running.gateway, address, registry_address, fleet)
 
 
 def make_fleet(config: TandemConfig, log: Log) -> Fleet:

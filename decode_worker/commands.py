@@ -20,6 +20,7 @@ async def read_commands(
     """Until they end, or break; then closes the session. `steps` counts the steps so far, for what is refused here."""
     try:
         async for command in commands:
+            await session.room()
             try:
                 inbox.offer(FromGateway(session, command))
             except TandemError as error:

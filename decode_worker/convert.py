@@ -38,6 +38,7 @@ def command_to_bytes(command: Command) -> bytes:
                     worker_pb2.ChoiceSoFar(token_ids=choice.token_ids, is_finished=choice.is_finished)
                     for choice in command.resumed
                 ],
+                ticket=command.ticket,
             )
             return worker_pb2.Command(submit=submit).SerializeToString()
         case Cancel():
@@ -65,6 +66,7 @@ def command_from_bytes(raw: bytes) -> Command:
         tpot_s=submit.tpot_s if submit.HasField("tpot_s") else None,
         prompt_tokens=submit.prompt_tokens,
         resumed=tuple(ChoiceSoFar(tuple(choice.token_ids), choice.is_finished) for choice in submit.resumed),
+        ticket=submit.ticket,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from decode_worker.pull import News
 from decode_worker.session import Session
 from decode_worker.stream import Command
+from engine.errors import TandemError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class Detach:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """The worker is to give back what it has not begun."""
+    """The worker is to give back what it has not begun; with an `error`, whatever is here ends with it."""
+
+    error: TandemError | None = None
 
 
 Message = FromGateway | Expire | Detach | Drain | News

@@ -11,6 +11,7 @@ from decode_worker.flight import MAX_UNDER_WAY, DecodeBatch
 from decode_worker.repeat import Repeat
 from engine.batch import Runner, StepOutput
 from engine.multi_step import MultiStepRunner
+from engine.pulse import Pulse
 from engine.running_average import RunningAverage
 
 # How long before the end of a running step the next one is scheduled: the larger of these, seconds and share of the
@@ -46,8 +47,9 @@ class Pipeline:
     before it where that came later.
     """
 
-    def __init__(self, runner: Runner, is_ahead: bool) -> None:
+    def __init__(self, runner: Runner, is_ahead: bool, pulse: Pulse) -> None:
         self._runner = runner
+        self._pulse = pulse
         self._repeater = runner if isinstance(runner, MultiStepRunner) else None
         self._depth = MAX_UNDER_WAY if is_ahead else 1
         self._under_way: deque[_Step] = deque()
@@ -74,6 +76,7 @@ class Pipeline:
         loop = asyncio.get_running_loop()
         if self.is_empty:
             self._began_s = loop.time()
+            self._pulse.begins(batch.work)
         run = self._run_many(repeat) if repeat is not None else self._run(batch)
         self._under_way.append(_Step(batch, loop.create_task(run), repeat is not None))
         if self.has_room or repeat is not None:
@@ -114,6 +117,9 @@ class Pipeline:
         self.steps += len(outs)
         self._measure(landed)
         self._began_s = now
+        self._pulse.ends(now)
+        if self._under_way:
+            self._pulse.begins(self._under_way[0].batch.work)
         return landed
 
     async def call_off(self) -> None:

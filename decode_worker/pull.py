@@ -11,8 +11,8 @@
 The task writes only into blocks that were granted to it, and the loop frees those only after Ended.
 
 A frame that came damaged is passed over. What is missing at the stream's end, for whatever reason, is asked for again,
-from the same worker, which mostly still has it in its prefix cache and computes it anew where it has not; after some
-rounds the pull fails.
+from the same worker, which mostly still has it in its prefix cache and computes it anew where it has not. After some
+rounds, or where its turn does not come soon, the pull fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Protocol
 
 from decode_worker.sequence import Request
 from engine.batch import KVLayout, Runner
-from engine.errors import InvalidArgument, TandemError, TransferFailed
+from engine.errors import InvalidArgument, PermissionDenied, TandemError, TransferFailed
 from kvtransfer.frames import Arrival, Begin, Damaged, End, FirstToken, KVBlocks, KVRange
 from kvtransfer.receive import KVReceiver
 from kvtransfer.transport import MAX_WANTED, PrefillCall, PrefillTransport
@@ -70,6 +70,9 @@ News = Began | First | Arrived | Ended
 
 # How often a prompt's KV is asked for again where parts of it came damaged.
 REFETCHES_MAX = 3
+# How long such a call may wait for its turn. It holds blocks here and waits for some there; whoever holds those may
+# wait for these.
+REFETCH_BEGINS_S = 2.0
 
 
 class Watch(Protocol):
@@ -101,6 +104,7 @@ def call_for(request: Request, layout: KVLayout, lease: int, now: float, wanted:
         prompt_tokens=submit.prompt_tokens,
         lease=lease,
         wanted=wanted,
+        ticket=submit.ticket,
     )
 
 
@@ -130,6 +134,8 @@ async def _run(intake: _Intake, transport: PrefillTransport, leases: Iterator[in
             try:
                 async with transport.open(intake.address, call) as frames:
                     await intake.read(frames, call)
+            except PermissionDenied as error:
+                raise TransferFailed(f"the prefill worker refused the call: {error}") from error
             except InvalidArgument as error:
                 if not call.wanted:
                     raise
@@ -181,7 +187,11 @@ class _Intake:
 
     async def read(self, frames: AsyncIterator[Arrival], call: PrefillCall) -> None:
         """Reads a stream to its end. Raises TransferFailed for one that is not what was asked for."""
-        begin = await anext(frames, None)
+        try:
+            async with asyncio.timeout(REFETCH_BEGINS_S if self._receiver is not None else None):
+                begin = await anext(frames, None)
+        except TimeoutError:
+            raise TransferFailed(f"the missing KV did not begin to come within {REFETCH_BEGINS_S:g} s") from None
         if isinstance(begin, Damaged):
             self._note(begin.problem)
             return
@@ -189,6 +199,7 @@ class _Intake:
             raise TransferFailed(f"KV stream starts with {type(begin).__name__} instead of Begin")
         await self._begins(begin, call)
         end: End | None = None
+        is_damaged = False
         async for frame in frames:
             match frame:
                 case KVBlocks():
@@ -196,13 +207,15 @@ class _Intake:
                 case FirstToken():
                     self._first(frame, call)
                 case Damaged(problem=problem):
+                    is_damaged = True
                     self._note(problem)
                 case End():
                     end = frame
                     break
                 case Begin():
                     raise TransferFailed("KV stream begins twice")
-        if end is None:
+        if end is None and not is_damaged:
+            # Otherwise the word of the end may be what came damaged, which has been counted.
             self._note("the stream stopped without End")
         if self._is_complete:
             self._arrived(end)
@@ -244,6 +257,8 @@ class _Intake:
     def _first(self, frame: FirstToken, call: PrefillCall) -> None:
         if len(frame.sampled) != call.params.n:
             raise TransferFailed(f"{len(frame.sampled)} first tokens came for {call.params.n} choices")
+        if any(token.token_id >= self._runner.vocab_size for token in frame.sampled):
+            raise TransferFailed(f"first tokens came that are none of {self._runner.vocab_size}")
         if self._first_token_s is not None:
             # Drawn anew for the sake of the KV beside it; one has gone out already.
             return

@@ -269,7 +269,7 @@ class DecodeScheduler:
         """
         assert not self._flight.is_under_way, "somebody may have blocks after the step under way"
         demoted: list[Request] = []
-        while self._is_stuck():
+        while self.is_stuck():
             oldest = min(self._needy(), key=lambda request: request.serial)
             youngest = self._pulls.demote(oldest)
             if youngest is None:
@@ -284,7 +284,7 @@ class DecodeScheduler:
     def _needy(self) -> list[Request]:
         return self._pulls.reserving() + [choice.request for choice in self._local.waiting]
 
-    def _is_stuck(self) -> bool:
+    def is_stuck(self) -> bool:
         """True when somebody waits for blocks, nobody can have them, and nobody is going to give any back."""
         if self._running or self._local.computing or self._flight.is_anybody_leaving or not self._needy():
             return False

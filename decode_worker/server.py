@@ -26,8 +26,6 @@ def decode_service(service: DecodeService) -> RpcService:
     async def attach(
         commands: AsyncIterator[Command], context: grpc.aio.ServicerContext[Command, TokenFrame]
     ) -> AsyncIterator[TokenFrame]:
-        # Tells the gateway that somebody is here, before there is anything to say.
-        await context.send_initial_metadata(())
         stream = cast(AsyncGenerator[TokenFrame, None], service.attach(commands))
         async with aclosing(stream) as frames:
             async for frame in frames:
@@ -36,4 +34,4 @@ def decode_service(service: DecodeService) -> RpcService:
     handler = grpc.stream_stream_rpc_method_handler(
         attach, request_deserializer=command_from_bytes, response_serializer=frame_to_bytes
     )
-    return RpcService(DESCRIPTOR, {"Attach": handler})
+    return RpcService(DESCRIPTOR, {"Attach": handler}, is_internal=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.batch import Sampled
 from engine.errors import InvalidArgument
 from engine.request import FinishReason, Receipt
+from engine.request_checks import check_seconds, check_token_ids
 from engine.sampling import SamplingParams
 
 
@@ -21,7 +22,7 @@ from engine.sampling import SamplingParams
 class ChoiceSoFar:
     """What one choice of a request had drawn elsewhere, after its `token_ids`, and whether it needs no more."""
 
-    token_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
     is_finished: bool = False
 
 
@@ -35,20 +36,24 @@ class Submit:
 
     `deadline_s`: seconds from now, None for none. `salt` separates tenants in the prefix cache. `ttft_due_s`: seconds
     from now until the first token should be at the gateway, `tpot_s`: the longest mean time per token after it; None
-    where there is no such objective. Objectives order work, they never end it.
+    where there is no such objective. Objectives order work, they never end it. `ticket` is the gateway's leave to have
+    the prompt computed there, passed on as it is.
+
+    What a client said stays out of logs, and so out of `repr`.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
     params: SamplingParams
     seed: int
     prefill_address: str = ""
     deadline_s: float | None = None
-    salt: bytes = b""
+    salt: bytes = field(default=b"", repr=False)
     ttft_due_s: float | None = None
     tpot_s: float | None = None
     prompt_tokens: int = 0
     resumed: tuple[ChoiceSoFar, ...] = ()
+    ticket: bytes = b""
 
     @property
     def prompt_count(self) -> int:
@@ -60,16 +65,22 @@ class Submit:
         """Of every choice."""
         return self.resumed or (ChoiceSoFar(),) * self.params.n
 
-    def check(self) -> None:
+    def check(self, vocab_size: int) -> None:
         """Raises InvalidArgument for what makes no request."""
+        # First of all: `n` says how much is made of it below.
+        self.params.validate(vocab_size)
+        check_seconds(deadline_s=self.deadline_s, ttft_due_s=self.ttft_due_s, tpot_s=self.tpot_s)
         if not self.token_ids:
             raise InvalidArgument("prompt", "no tokens", "at least one token")
+        check_token_ids("prompt", self.token_ids, vocab_size)
         if not 0 <= self.prompt_tokens <= len(self.token_ids):
             raise InvalidArgument(
                 "prompt_tokens", self.prompt_tokens, f"at most {len(self.token_ids)}, the tokens given"
             )
         if self.resumed and len(self.resumed) != self.params.n:
             raise InvalidArgument("resumed", len(self.resumed), f"{self.params.n} choices, or none")
+        for choice in self.resumed:
+            check_token_ids("resumed", choice.token_ids, vocab_size)
         going_on = [choice for choice in self.so_far if not choice.is_finished]
         drawn = len(self.token_ids) - self.prompt_count + max((len(each.token_ids) for each in going_on), default=0)
         if not going_on or drawn >= self.params.max_tokens:

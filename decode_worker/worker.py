@@ -18,13 +18,12 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import count
 
-from decode_worker import pull as pulling
 from decode_worker.commands import read_commands
 from decode_worker.config import DecodeConfig
 from decode_worker.flight import DecodeBatch
-from decode_worker.links import PrefillLinks
 from decode_worker.live import Live
 from decode_worker.messages import Detach, Drain, Expire, FromGateway, Message
+from decode_worker.open_pulls import OpenPulls
 from decode_worker.pipeline import Pipeline
 from decode_worker.pull import Arrived, Began, Ended, First, Pull
 from decode_worker.repeat import mean_work
@@ -40,6 +39,7 @@ from engine.inbox import INBOX_LIMIT, Inbox
 from engine.kv_events import KVEventBatch
 from engine.learned_cost import learner
 from engine.multi_step import MultiStepRunner
+from engine.pulse import Pulse
 from engine.stats import LoopStats
 from engine.step_cost import StepCost
 from kvtransfer.transport import PrefillTransport
@@ -62,10 +62,11 @@ class DecodeWorker:
         cost: StepCost | None = None,
         note_events: bool = False,
         leases: Iterator[int] | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.worker_id = worker_id
         self._runner = runner
-        self._transport = transport
+        self._pulse = Pulse() if pulse is None else pulse
         self._cost = cost
         self._learner = learner(cost)
         layout = runner.layout
@@ -73,14 +74,12 @@ class DecodeWorker:
         self._scheduler = DecodeScheduler(self._pool, config, eos_token_ids, max_context, cost)
         self._inbox: Inbox[Message] = Inbox(INBOX_LIMIT)
         self._live: dict[str, Live] = {}
-        self._open: set[Pull] = set()  # every pull whose task has not told Ended yet
         self._serial = 0
         self._session_count = 0
         is_ahead = config.schedule_ahead is True
-        self._pipeline = Pipeline(runner, is_ahead)
+        self._pipeline = Pipeline(runner, is_ahead, self._pulse)
         self._may_repeat = config.max_steps > 1 and not is_ahead and isinstance(runner, MultiStepRunner)
-        self._links = PrefillLinks()
-        self._leases = count() if leases is None else leases
+        self._open = OpenPulls(runner, transport, count() if leases is None else leases, self._inbox.put)
         self._is_draining = False
 
     async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
@@ -103,9 +102,7 @@ class DecodeWorker:
                 self._inbox.drain(self._handle)
                 await self._turn()
         finally:
-            tasks = [pull.task for pull in self._open if pull.task is not None]
-            for task in tasks:
-                task.cancel()
+            tasks = self._open.cancel()
             await self._pipeline.call_off()
             if tasks:
                 await asyncio.wait(tasks)
@@ -120,13 +117,18 @@ class DecodeWorker:
         """Drains no more."""
         self._is_draining = False
 
+    def let_go(self, error: TandemError) -> None:
+        """Drains, and ends with `error` what has begun as well."""
+        self._is_draining = True
+        self._inbox.put(Drain(error))
+
     @property
     def is_idle(self) -> bool:
         """No request is unfinished, no KV stream is open, and nothing waits to be handled."""
         return not (self._live or self._open or self._inbox) and self._pipeline.is_empty
 
     def stats(self) -> LoopStats:
-        return loop_stats(self._scheduler, self._pipeline, self._learner, self._links.faults, self._is_draining)
+        return loop_stats(self._scheduler, self._pipeline, self._learner, self._open.links.faults, self._is_draining)
 
     def kv_events(self) -> KVEventBatch | None:
         """Changes of the prefix cache since the last call; None without any, or without `note_events`."""
@@ -138,7 +140,7 @@ class DecodeWorker:
 
     def link_rates(self) -> tuple[tuple[str, float], ...]:
         """Bytes per second of KV streams, by the prefill worker's address, as measured lately."""
-        return self._links.rates()
+        return self._open.links.rates()
 
     def check_empty(self) -> None:
         """Asserts that no request holds anything, and that the pool's books agree."""
@@ -196,10 +198,14 @@ class DecodeWorker:
         demoted = self._scheduler.make_room(asyncio.get_running_loop().time())
         for request in demoted:
             self._close_pull(self._live[request.key])
-        if not demoted:
-            if not self._live:
-                self._pool.check_at_times(asyncio.get_running_loop().time())
-            await self._inbox.wait()
+        if demoted:
+            return
+        if not self._open:
+            lost = self._scheduler.is_stuck() or (not self._live and self._pool.owners)
+            assert not lost, f"{self.worker_id}: blocks are held by nobody who is here: {self._pool.owners}"
+        if not self._live:
+            self._pool.check_at_times(asyncio.get_running_loop().time())
+        await self._pulse.rest(self._runner, self._pool, self._inbox, self._handle)
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,10 +223,10 @@ class DecodeWorker:
             case Detach(session=session):
                 for request in list(session.requests.values()):
                     self._drop(self._live[request.key])
-            case Drain():
-                waiting = [each for each in self._live.values() if not each.request.has_begun]
-                for each in waiting if self._is_draining else ():
-                    self._fail(each, self._handed_back())
+            case Drain(error=error):
+                ending = [each for each in self._live.values() if error is not None or not each.request.has_begun]
+                for each in ending if self._is_draining else ():
+                    self._fail(each, error or self._handed_back())
             case Ended(pull=pull):
                 self._pull_ended(pull)
             case Began(pull=pull) | First(pull=pull) | Arrived(pull=pull):
@@ -231,16 +237,17 @@ class DecodeWorker:
     def _submit(self, session: Session, submit: Submit) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        deadline = None if submit.deadline_s is None else now + submit.deadline_s
-        self._serial += 1
-        key = f"{session.name}:{submit.request_id}#{self._serial}"
-        request = Request(key, self._serial, submit, deadline, Timeline(now))
         try:
             if self._is_draining:
                 raise self._handed_back()
             if submit.request_id in session.requests:
                 raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
-            submit.check()
+            # Before anything is made of it: it may ask for billions of choices.
+            submit.check(self._runner.vocab_size)
+            deadline = None if submit.deadline_s is None else now + submit.deadline_s
+            self._serial += 1
+            key = f"{session.name}:{submit.request_id}#{self._serial}"
+            request = Request(key, self._serial, submit, deadline, Timeline(now))
             self._settle()
             self._scheduler.submit(request, now)
         except TandemError as error:
@@ -276,9 +283,7 @@ class DecodeWorker:
 
     def _open_pulls(self) -> None:
         for request in self._scheduler.start_pulls():
-            pull = pulling.start(request, self._runner, self._transport, self._leases, self._inbox.put, self._links)
-            self._live[request.key].pull = pull
-            self._open.add(pull)
+            self._live[request.key].pull = self._open.start(request)
 
     def _grant(self) -> None:
         for request in self._scheduler.grant():
@@ -293,11 +298,8 @@ class DecodeWorker:
             pull.task.cancel()
 
     def _pull_ended(self, pull: Pull) -> None:
+        self._open.ended(pull)
         request = pull.request
-        self._open.discard(pull)
-        assert pull.task is not None
-        if not pull.task.cancelled():
-            pull.task.result()  # a bug in the task is a bug in the worker: crash here, not silently there
         if request.is_dropped:
             self._pipeline.cut_short()
             self._scheduler.give_back(request)
@@ -341,7 +343,7 @@ class DecodeWorker:
         if live.timer is not None:
             live.timer.cancel()
         self._scheduler.withdraw(request)
-        is_written = any(pull.request is request for pull in self._open)
+        is_written = self._open.is_written(request)
         self._close_pull(live)
         if not is_written:
             self._scheduler.give_back(request)

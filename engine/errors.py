@@ -2,15 +2,18 @@
 
     TandemError
     ├── InvalidArgument     a field of a request is wrong: names the field, the value and what would be right
+    ├── Unauthenticated     nobody knows who is calling: no key or token, or none that counts
+    ├── PermissionDenied    the caller may not do this
     ├── NotFound            a named thing (model, worker, request) does not exist
     ├── Overloaded          a bounded queue or pool is full: carries a reason and a retry-after
     ├── DeadlineExceeded    the request's own deadline passed, in a named phase
     ├── Cancelled           the other side asked to stop
     ├── Unavailable         a peer is gone, draining or not there yet
-    │   └── HandedBack      a worker that drains had not begun with the request: another one may have it
+    │   └── HandedBack      a worker that drains gives the request back: another one may go on with it
     ├── TransferFailed      KV did not arrive whole
     │   ├── CorruptFrame    a frame failed its checksum or cannot be parsed
     │   └── LayoutMismatch  the two sides do not hold the same kind of KV
+    ├── VersionMismatch     two parts of different releases have no version of their protocol in common
     ├── ModelFileError      a model file is missing, truncated, corrupt or of an unknown kind
     └── ConfigError         a configuration value, flag or port cannot be used
 
@@ -38,6 +41,21 @@ class InvalidArgument(TandemError):
         self.field = field
         self.value = shown
         self.expected = expected
+
+
+class Unauthenticated(TandemError):
+    """Nobody knows who is calling. The text is for the caller and helps nobody to guess; `detail` says for this side's
+    log what was wrong, holds nothing secret, and is never sent."""
+
+    detail = ""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+class PermissionDenied(TandemError):
+    """The caller may not do this. The message helps an honest caller, and nobody who guesses."""
 
 
 class NotFound(TandemError):
@@ -73,7 +91,7 @@ class Unavailable(TandemError):
 
 
 class HandedBack(Unavailable):
-    """A worker that drains had not begun with the request: another one may have it, and nothing is lost."""
+    """A worker that drains gives the request back: another one may go on with it, and nothing is lost."""
 
 
 class TransferFailed(TandemError):
@@ -86,6 +104,10 @@ class CorruptFrame(TransferFailed):
 
 class LayoutMismatch(TransferFailed):
     """The two sides do not hold the same kind of KV."""
+
+
+class VersionMismatch(TandemError):
+    """Two parts of different releases have no version of their protocol in common."""
 
 
 class ModelFileError(TandemError):

@@ -7,6 +7,7 @@ also reads its mail while a step runs, but gives blocks back only between steps.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
@@ -50,11 +51,22 @@ class Inbox(Generic[Message]):
         while self._messages:
             handle(self._messages.popleft())
 
-    async def wait(self) -> None:
-        """Returns when there is at least one message."""
-        while not self._messages:
-            self._wake.clear()
-            await self._wake.wait()
+    async def wait(self, until_s: float = math.inf) -> None:
+        """Returns when there is at least one message, or at `until_s` of the loop's clock."""
+        is_late = asyncio.Event()
+
+        def ring() -> None:
+            is_late.set()
+            self._wake.set()
+
+        timer = None if math.isinf(until_s) else asyncio.get_running_loop().call_at(until_s, ring)
+        try:
+            while not self._messages and not is_late.is_set():
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     async def serve_until(self, future: asyncio.Future[Any], handle: Callable[[Message], None]) -> None:
         """Handles messages as they come until `future` is done. Cancelling this leaves the future as it is."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Changes that are noted between two calls of `take`; with more, everything is told anew.
-NOTES_LIMIT = 1 << 16
+NOTES_LIMIT = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)

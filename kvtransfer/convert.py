@@ -9,8 +9,9 @@ from typing import Any
 from tandem.v1 import inference_pb2, kv_pb2
 
 from engine.batch import KVLayout, Sampled
+from engine.errors import InvalidArgument
 from engine.request import Receipt
-from engine.sampling import SamplingParams
+from engine.sampling import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
 
 _FLOATS = (
     "temperature",
@@ -41,10 +42,14 @@ def params_to_proto(params: SamplingParams) -> inference_pb2.SamplingParams:
 
 
 def params_from_proto(message: inference_pb2.SamplingParams) -> SamplingParams:
-    """Fields that are not set keep their defaults. The values are not checked: see SamplingParams.validate.
+    """Fields that are not set keep their defaults. The values are not checked: see SamplingParams.validate. Raises
+    InvalidArgument for lists so long that copying them would take its time.
 
     `logit_bias` comes out in order of token id.
     """
+    for name, longest in (("logit_bias", MAX_LOGIT_BIAS), ("stop", MAX_STOPS), ("stop_token_ids", MAX_STOPS)):
+        if (count := len(getattr(message, name))) > longest:
+            raise InvalidArgument(f"sampling_params.{name}", f"{count} entries", f"at most {longest}")
     given: dict[str, Any] = {name: shortest(getattr(message, name)) for name in _FLOATS if message.HasField(name)}
     given |= {name: getattr(message, name) for name in (*_COUNTS, "skip_special_tokens") if message.HasField(name)}
     given |= {name: getattr(message, name) for name in _FLAGS}

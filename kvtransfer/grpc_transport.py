@@ -11,7 +11,7 @@ Throughput there, two processes on two cores: 770 MiB/s with frames of 2 MiB, 69
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +26,7 @@ from kvtransfer.convert import layout_to_proto, params_to_proto
 from kvtransfer.frames import Arrival, Damaged, Frame
 from kvtransfer.rpc import MessageReader
 from kvtransfer.rpc_channel import Channels
+from kvtransfer.rpc_version import SPOKEN, Versions, agree_with_server
 from kvtransfer.transport import PrefillCall
 
 METHOD = "/tandem.v1.PrefillWorker/Prefill"
@@ -34,22 +35,38 @@ _TAG = 0x0A  # field 1, length-delimited
 
 
 class GrpcPrefillTransport:
-    """Implements kvtransfer.transport.PrefillTransport. One channel per address; belongs to one event loop."""
+    """Implements kvtransfer.transport.PrefillTransport. One channel per address; belongs to one event loop.
 
-    def __init__(self, channels: Channels | None = None) -> None:
+    `prove`: this caller's signature over a call's ticket and lease, where prefill workers ask for one.
+    """
+
+    def __init__(
+        self,
+        channels: Channels | None = None,
+        prove: Callable[[bytes, int], bytes] | None = None,
+        *,
+        spoken: Versions = SPOKEN,
+    ) -> None:
         self._channels = channels if channels is not None else Channels()
+        self._prove = prove
+        self._spoken = spoken
 
     @asynccontextmanager
     async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Arrival]]:
         """Starts the call and yields its frames; leaving the context cancels it."""
-        prefill: Prefill = self._channels.get(address).unary_stream(
-            METHOD, request_serializer=prefill_pb2.PrefillRequest.SerializeToString
-        )
-        rpc = prefill(call_to_proto(call), timeout=call.deadline_s)
-        try:
-            yield MessageReader(rpc, partial(_arrival, call.lease))
-        finally:
-            rpc.cancel()
+        with self._channels.use(address) as channel:
+            prefill: Prefill = channel.unary_stream(
+                METHOD, request_serializer=prefill_pb2.PrefillRequest.SerializeToString
+            )
+            request = call_to_proto(call)
+            if self._prove is not None:
+                request.proof = self._prove(call.ticket, call.lease)
+            rpc = prefill(request, timeout=call.deadline_s, metadata=self._spoken.metadata)
+            agree = partial(agree_with_server, rpc, self._spoken, f"the prefill worker at {address}")
+            try:
+                yield MessageReader(rpc, partial(_arrival, call.lease), agree)
+            finally:
+                rpc.cancel()
 
     async def close(self) -> None:
         """Ends all open calls."""
@@ -94,6 +111,7 @@ def call_to_proto(call: PrefillCall) -> prefill_pb2.PrefillRequest:
         prompt_tokens=call.prompt_tokens,
         lease=call.lease,
         wanted=[prefill_pb2.KVRange(**asdict(part)) for part in call.wanted],
+        ticket=call.ticket,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.batch import KVLayout
@@ -34,21 +34,22 @@ class PrefillCall:
     by the request's objective; it orders the queue and ends nothing. `prompt_tokens` of `token_ids` are the prompt
     proper (0: all), the rest was drawn before: the draw goes on after it. Every frame names `lease`, which no other
     call of this caller has. `wanted`: only this KV is to be sent, in whole blocks of the server; () for all from
-    `have_tokens` on.
+    `have_tokens` on. `ticket` is the gateway's leave for it.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
     params: SamplingParams
     seed: int
     have_tokens: int
     layout: KVLayout
     deadline_s: float | None = None
-    salt: bytes = b""
+    salt: bytes = field(default=b"", repr=False)
     ttft_due_s: float | None = None
     prompt_tokens: int = 0
     lease: int = 0
     wanted: tuple[KVRange, ...] = ()
+    ticket: bytes = b""
 
     @property
     def prompt_count(self) -> int:

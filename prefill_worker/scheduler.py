@@ -103,6 +103,15 @@ class PrefillScheduler:
         """Whether it knows no job: neither one to compute nor one whose KV is yet to be fetched."""
         return not (self._waiting or self._running or self._done)
 
+    @property
+    def is_starved(self) -> bool:
+        """Whether prompts wait for blocks that nobody is here to give back. Ask after `schedule` has found nothing."""
+        return bool(self._waiting) and not (self._running or self._done)
+
+    def waiting_keys(self) -> list[str]:
+        """Of the jobs that have no block yet."""
+        return [job.key for job in self._waiting]
+
     def arrive(self, job: Job, now: float) -> None:
         """Raises InvalidArgument for a prompt that can never fit, Overloaded when too many wait."""
         need = self.pool.blocks_for(job.prompt_tokens)

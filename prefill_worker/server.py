@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import cast
 
@@ -19,8 +19,14 @@ from kvtransfer.transport import PrefillCall, PrefillService
 DESCRIPTOR = prefill_pb2.DESCRIPTOR.services_by_name["PrefillWorker"]
 
 
-def prefill_service(service: PrefillService) -> RpcService:
-    """`tandem.v1.PrefillWorker` in front of `service`, to be handed to `start_server`.
+def prefill_service(
+    service: PrefillService,
+    check: Callable[[PrefillCall, bytes], None] | None = None,
+    encode: Callable[[Frame, int], bytes] = frame_to_message,
+) -> RpcService:
+    """`tandem.v1.PrefillWorker` in front of `service`, to be handed to `start_server`. `check` gets every call, with
+    its caller's proof, before the service does, and raises for one that is not allowed. `encode` makes the message of a
+    frame of a lease.
 
     The service's generator is asked for a frame only when gRPC has taken the last one. When the call ends, by the
     client's cancel, its death or its deadline, the generator is closed at once, and its cleanup is waited for.
@@ -31,10 +37,12 @@ def prefill_service(service: PrefillService) -> RpcService:
         context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes],
     ) -> AsyncIterator[bytes]:
         call = call_from_proto(request, context.time_remaining())
+        if check is not None:
+            check(call, request.proof)
         stream = cast(AsyncGenerator[Frame, None], service.prefill(call))
         async with aclosing(stream) as frames:
             async for frame in frames:
-                yield frame_to_message(frame, call.lease)
+                yield encode(frame, call.lease)
 
     handler: grpc.RpcMethodHandler[prefill_pb2.PrefillRequest, bytes] = grpc.unary_stream_rpc_method_handler(
         prefill,
@@ -42,7 +50,7 @@ def prefill_service(service: PrefillService) -> RpcService:
         # They are bytes already: only the handler knows the lease.
         response_serializer=None,
     )
-    return RpcService(DESCRIPTOR, {"Prefill": handler})
+    return RpcService(DESCRIPTOR, {"Prefill": handler}, is_internal=True)
 
 
 def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | None) -> PrefillCall:
@@ -62,4 +70,5 @@ def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | Non
         wanted=tuple(
             KVRange(part.first_token, part.end_token, part.first_layer, part.end_layer) for part in request.wanted
         ),
+        ticket=request.ticket,
     )

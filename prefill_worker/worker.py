@@ -19,10 +19,12 @@ from functools import partial
 
 from engine.batch import Runner
 from engine.block_pool import BlockPool
-from engine.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, TandemError, Unavailable
+from engine.errors import DeadlineExceeded, HandedBack, InvalidArgument, LayoutMismatch, TandemError
 from engine.inbox import INBOX_LIMIT, Inbox
 from engine.kv_events import KVEventBatch
 from engine.learned_cost import learned, learner
+from engine.pulse import Pulse
+from engine.request_checks import check_seconds, check_token_ids
 from engine.running_average import RunningAverage
 from engine.stats import LoopStats
 from engine.step_cost import StepCost, work_of
@@ -45,6 +47,13 @@ class _Depart:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    """What waits is to be given back; with an `error`, whatever is here ends with it."""
+
+    error: TandemError | None = None
+
+
 class PrefillWorker:
     """Computes prompts and streams their KV while it does. Implements kvtransfer.transport.PrefillService."""
 
@@ -57,8 +66,10 @@ class PrefillWorker:
         prefix_cache: bool = True,
         cost: StepCost | None = None,
         note_events: bool = False,
+        pulse: Pulse | None = None,
     ) -> None:
         self.worker_id = worker_id
+        self._pulse = Pulse() if pulse is None else pulse
         self._runner = runner
         self._config = config
         self._cost = cost
@@ -66,7 +77,7 @@ class PrefillWorker:
         layout = runner.layout
         self._pool = BlockPool(layout.num_blocks, layout.block_size, prefix_cache, note_events=note_events)
         self._scheduler = PrefillScheduler(self._pool, config, cost)
-        self._inbox: Inbox[_Arrive | _Depart] = Inbox(INBOX_LIMIT)
+        self._inbox: Inbox[_Arrive | _Depart | _Drain] = Inbox(INBOX_LIMIT)
         self._senders: dict[str, KVSender] = {}
         self._stream_count = 0
         self._open_streams = 0
@@ -77,7 +88,7 @@ class PrefillWorker:
     async def prefill(self, call: PrefillCall) -> AsyncIterator[Frame]:
         """One request's KV stream. Closing the generator frees everything within one step."""
         if self._is_draining:
-            raise Unavailable(f"prefill worker {self.worker_id} takes no new prompts")
+            raise self._handed_back()
         self._check(call)
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -107,14 +118,24 @@ class PrefillWorker:
             now = asyncio.get_running_loop().time()
             batch = self._scheduler.schedule(now)
             if batch is None:
-                self._pool.check_at_times(now)
-                await self._inbox.wait()
-                continue
-            await self._step(batch)
+                await self._rest(now)
+            else:
+                await self._step(batch)
 
     def drain(self) -> None:
-        """Refuses new prompts from now on, as Unavailable. Those that were accepted are served to their end."""
+        """Gives back, as HandedBack, the prompts that wait, and from now on whatever comes. The rest is served to its
+        end."""
         self._is_draining = True
+        self._inbox.put(_Drain())
+
+    def resume(self) -> None:
+        """Drains no more."""
+        self._is_draining = False
+
+    def let_go(self, error: TandemError) -> None:
+        """Drains, and ends with `error` what has begun as well."""
+        self._is_draining = True
+        self._inbox.put(_Drain(error))
 
     @property
     def is_idle(self) -> bool:
@@ -158,6 +179,9 @@ class PrefillWorker:
     def _check(self, call: PrefillCall) -> None:
         if not call.token_ids:
             raise InvalidArgument("prompt", "no tokens", "at least one token")
+        check_token_ids("prompt", call.token_ids, self._runner.vocab_size)
+        call.params.validate(self._runner.vocab_size)
+        check_seconds(deadline_s=call.deadline_s, ttft_due_s=call.ttft_due_s)
         if not 0 <= call.prompt_tokens <= len(call.token_ids):
             expected = f"at most {len(call.token_ids)}, the tokens given"
             raise InvalidArgument("prompt_tokens", call.prompt_tokens, expected)
@@ -179,7 +203,7 @@ class PrefillWorker:
                 expected = f"whole blocks of {layout.block_size} tokens, of {tokens} in {layout.num_layers} layers"
                 raise InvalidArgument("wanted", part, expected)
 
-    def _handle(self, message: _Arrive | _Depart) -> None:
+    def _handle(self, message: _Arrive | _Depart | _Drain) -> None:
         match message:
             case _Arrive(job=job, sender=sender):
                 try:
@@ -190,19 +214,36 @@ class PrefillWorker:
             case _Depart(key=key):
                 self._senders.pop(key, None)
                 self._scheduler.depart(key)
+            case _Drain(error=error):
+                keys = self._scheduler.waiting_keys() if error is None else list(self._senders)
+                for key in keys if self._is_draining else ():
+                    self._senders[key].fail(error or self._handed_back())
+
+    def _handed_back(self) -> HandedBack:
+        return HandedBack(f"prefill worker {self.worker_id} drains and takes no new prompts")
+
+    async def _rest(self, now: float) -> None:
+        """Nothing can be computed: waits for mail."""
+        lost = self._scheduler.is_starved or (self._scheduler.is_empty and self._pool.owners)
+        assert not lost, f"{self.worker_id}: blocks are held by nobody who is here: {self._pool.owners}"
+        self._pool.check_at_times(now)
+        await self._pulse.rest(self._runner, self._pool, self._inbox, self._handle)
 
     async def _step(self, batch: PrefillBatch) -> None:
         loop = asyncio.get_running_loop()
         for job in batch.started:
             self._begin(job)
+        work = work_of(batch.batch)
+        self._pulse.begins(work)
         start = loop.time()
         run = self._runner.run(batch.batch, partial(self._publish, batch.chunks))
         out = await self._inbox.serve_while(run, self._handle)
         self._steps += 1
         now = loop.time()
+        self._pulse.ends(now)
         self._tokens_per_s.add(batch.batch.token_count / max(now - start, 1e-9))
         if self._cost is not None:
-            self._cost.observe(work_of(batch.batch), now - start)
+            self._cost.observe(work, now - start)
         for finished in self._scheduler.complete(batch, out):
             self._finish(finished, now)
 

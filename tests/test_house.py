@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "cluster": {"kernels", "engine", "kvtransfer", "prefill_worker", "decode_worker", "tandem"},
     "bench": {"kernels", "engine", "kvtransfer", "prefill_worker", "decode_worker", "cluster", "tandem"},
 }
-RAY_FILES = {"cluster/actors.py", "cluster/launcher.py"}
+RAY_FILES = {"cluster/actors.py", "cluster/launcher.py", "cluster/ray_seats.py"}
 # Files whose job is the wire, and the benchmarks, which are clients.
 GRPC_FILE = re.compile(
     r"kvtransfer/(rpc\w*|grpc_transport)\.py|\w+_worker/(server|grpc_transport)\.py|bench/\w+\.py|"
@@ -63,8 +63,13 @@ PURE_FILES = (
     "cluster/outcomes.py",
     "cluster/prefix_index.py",
     "cluster/registry.py",
+    "cluster/report_checks.py",
     "cluster/restarts.py",
     "cluster/retry_budget.py",
+    "cluster/security/caller.py",
+    "cluster/security/quotas.py",
+    "engine/refusal_log.py",
+    "cluster/security/token_bucket.py",
     "cluster/planning/arrivals.py",
     "cluster/planning/capacity.py",
     "cluster/planning/cost_model.py",
@@ -79,7 +84,7 @@ PURE_FILES = (
     *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}
-COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos"
+COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys"
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
@@ -163,7 +168,7 @@ def test_proto_is_no_package() -> None:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -185,8 +190,8 @@ def test_pages_name_commands_that_exist(page: Path) -> None:
         for module in re.findall(r"python -m (bench\.\w+)", line):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), line
         for command, rest in re.findall(rf"tandem ({COMMANDS})\b([^|#]*)", line):
-            role = rest.split()[0] if command == "worker" else ""
-            unknown = set(re.findall(r"(--[\w-]+)", rest)) - options_of(f"{command} {role}".strip())
+            second = rest.split()[0] if command in ("worker", "keys") else ""
+            unknown = set(re.findall(r"(--[\w-]+)", rest)) - options_of(f"{command} {second}".strip())
             assert not unknown, f"{line}: {command} has no {unknown}"
 
 

@@ -29,6 +29,8 @@ FLAGS = {
     "ignore_eos": Option("--ignore-eos/--stop-at-eos", help="Answers of exactly that length, or as they end."),
     "temperature": Option("--temperature", metavar="T", help="0: greedy."),
     "model": Option("--model", metavar="M", help="Which of a server's models."),
+    "api_key_file": Option("--api-key-file", metavar="F", help="Key or token for Tandems; else TANDEM_API_KEY."),
+    "ca": Option("--ca", metavar="F", help="Who signs the certificates of Tandems, in PEM: connects by TLS."),
     "header": Option("--header", metavar="NAME=VALUE", help="Sent with each HTTP request; repeatable."),
     "extra_body": Option("--extra-body", metavar="JSON", help="Further fields of each OpenAI request."),
     "ttft_ms": Option("--ttft-ms", metavar="X", help="Objective: time to the first token."),

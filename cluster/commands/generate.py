@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-from tandem.client import Client, Sampling
+from tandem.client import Sampling
 
 from cluster.calls import Result, RunningRequest
+from cluster.client_access import OPEN_ACCESS, Access
 from cluster.prompt_file import PromptLine
 from engine.errors import TandemError
 from engine.sampling import SamplingParams
@@ -26,9 +27,11 @@ def sampling_params(max_tokens: int | None, temperature: float | None, seed: int
     return params
 
 
-async def generate(lines: Sequence[PromptLine], url: str, params: SamplingParams, *, as_json: bool) -> None:
+async def generate(
+    lines: Sequence[PromptLine], url: str, params: SamplingParams, *, access: Access = OPEN_ACCESS, as_json: bool
+) -> None:
     """Raises the first request's error, once all have been printed."""
-    async with Client(url) as client, AsyncExitStack() as stack:
+    async with access.client(url) as client, AsyncExitStack() as stack:
         requests = [RunningRequest(client, url, line, _sampling(params, line)) for line in lines]
         for request in requests:
             stack.push_async_callback(request.cancel)

@@ -1,10 +1,10 @@
-"""Runs a command's coroutine: on uvloop, and ended in good order by SIGINT or SIGTERM."""
+"""Runs a command's coroutine: on uvloop unless told otherwise, and ended in good order by SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import uvloop
@@ -21,7 +21,10 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def run(main: Coroutine[Any, Any, Value]) -> Value:
+def run(
+    main: Coroutine[Any, Any, Value],
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+) -> Value:
     """The first signal cancels `main`, waits for its cleanup and raises Stopped; a second one ends the process."""
     received: list[int] = []
 
@@ -34,6 +37,8 @@ def run(main: Coroutine[Any, Any, Value]) -> Value:
             received.append(number)
             for other in SIGNALS:
                 loop.remove_signal_handler(other)
+                # Python's own handler of SIGINT would only raise an exception, somewhere in the cleanup.
+                signal.signal(other, signal.SIG_DFL)
             task.cancel()
 
         for number in SIGNALS:
@@ -41,7 +46,7 @@ def run(main: Coroutine[Any, Any, Value]) -> Value:
         return await main
 
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             return runner.run(guarded())
     except asyncio.CancelledError:
         assert received, "cancelled without a signal"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -11,32 +13,70 @@ from rich.console import Console
 
 from cluster.config import TandemConfig
 from cluster.progress import Progress
-from cluster.service import running_service
+from cluster.rolling_restart import restart_workers
+from cluster.service import Service, running_service
+from engine.errors import TandemError
 
 DEFAULT_URL = "127.0.0.1:50051"
 
 
 async def serve(config: TandemConfig) -> None:
-    """Never returns; cancelling it ends the service in good order."""
+    """Never returns; cancelling it ends the service in good order, and so does the end of its terminal. Any other
+    SIGHUP restarts the workers, one at a time."""
     # On stdout, so that stderr holds nothing but what went wrong.
     progress = Progress(Console(highlight=False))
+    has_terminal = sys.stdin.isatty()
+    hung_up = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
     async with running_service(config, progress) as service:
         model = service.gateway.model
         print(f"serving {model.name} at {service.address}")
-        print(f"try:  {command_to_try(service.address, has_chat=model.has_chat_template)}", flush=True)
+        print(f"workers report to {service.registry_address}")
+        certs = config.security.client_certs
+        command = command_to_try(
+            service.address,
+            has_chat=model.has_chat_template,
+            needs_key=config.gateway.auth.is_required,
+            ca=None if certs is None else certs / "ca.crt",
+        )
+        print(f"try:  {command}", flush=True)
         try:
-            await asyncio.Event().wait()
+            while True:
+                await hung_up.wait()
+                # The kernel sends the same signal when a terminal goes away: then nobody is there to end the service.
+                if has_terminal and not sys.stdin.isatty():
+                    _say_no_more()
+                    return
+                hung_up.clear()
+                await _restart(service, config, progress)
         finally:
             progress.line("shutting down")
 
 
-def command_to_try(address: str, *, has_chat: bool) -> str:
-    """A command that works when pasted into a shell in this folder."""
+def _say_no_more() -> None:
+    """Writing to a terminal that is gone would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+async def _restart(service: Service, config: TandemConfig, progress: Progress) -> None:
+    try:
+        await restart_workers(service.fleet, service.gateway, config.cluster.start_timeout_s, progress.line)
+    except TandemError as error:
+        progress.line(str(error))
+
+
+def command_to_try(address: str, *, has_chat: bool, needs_key: bool = False, ca: Path | None = None) -> str:
+    """A command that works when pasted into a shell in this folder; where it needs a key, once KEY names its file."""
     command = [_own_name(), "generate", "What is the capital of France?" if has_chat else "The capital of France is"]
     if has_chat:
         command.append("--chat")
     if address != DEFAULT_URL:
         command += ["--url", address]
+    if needs_key:
+        command += ["--api-key-file", "KEY"]
+    if ca is not None:
+        command += ["--ca", str(ca)]
     return shlex.join([*command, "--temperature", "0", "--max-tokens", "40"])
 
 

@@ -7,16 +7,16 @@ import json
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from tandem.client import Client
 from tandem.v1.inference_pb2 import GetStatusResponse, WorkerStatus
 
 from cluster.calls import plain, service_errors
+from cluster.client_access import OPEN_ACCESS, Access
 
 TIMEOUT_S = 10.0
 
 
-async def status(url: str, *, as_json: bool) -> None:
-    async with service_errors(url), Client(url, timeout_s=TIMEOUT_S) as client:
+async def status(url: str, *, access: Access = OPEN_ACCESS, as_json: bool) -> None:
+    async with service_errors(url), access.client(url, timeout_s=TIMEOUT_S) as client:
         response = await client.status()
     if as_json:
         print(json.dumps(plain(response)))
@@ -26,6 +26,7 @@ async def status(url: str, *, as_json: bool) -> None:
     console.print(
         f"{response.requests_running} running, {response.requests_waiting} waiting, "
         f"{response.requests_finished} finished, {response.requests_rejected} rejected"
+        + (f", {response.requests_over_quota} over their tenants' quotas" if response.requests_over_quota else "")
     )
     if response.attainment_window:
         console.print(_attainment(response))

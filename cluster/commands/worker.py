@@ -6,44 +6,53 @@ import asyncio
 import sys
 
 from cluster.config import TandemConfig
-from cluster.fleet import LEAVE
-from cluster.worker_process import run_worker
+from cluster.watchdog import Watchdog
+from cluster.worker_process import EDGES, Edges, run_worker
 from cluster.worker_spec import WorkerSpec
 
 
-async def work(spec: WorkerSpec, config: TandemConfig, *, incarnation: int, has_lifeline: bool) -> None:
+async def work(
+    spec: WorkerSpec, config: TandemConfig, *, incarnation: int, has_lifeline: bool, edges: Edges = EDGES
+) -> None:
     """Runs the worker until cancelled, or until its lifeline ends: stdin, whose other end the parent process holds.
-    The parent may also ask by it that the worker leaves in good order."""
-    leave = asyncio.Event()
+    Then drains it, within `cluster.drain_s` and a little more, whatever hangs."""
+    watchdog, is_serving = Watchdog(), asyncio.Event()
+
+    def serving(address: str) -> None:
+        is_serving.set()
+        _say(f"at {address}")
+
     worker = asyncio.create_task(
         run_worker(
             spec,
             config,
             incarnation=incarnation,
             report=_say,
-            serving=lambda address: _say(f"at {address}"),
-            leave=leave,
+            serving=serving,
+            watchdog=watchdog,
+            edges=edges,
         )
     )
-    lifeline = asyncio.create_task(_parent_gone(leave) if has_lifeline else asyncio.Event().wait())
+    lifeline = asyncio.create_task(_parent_gone() if has_lifeline else asyncio.Event().wait())
     try:
         await asyncio.wait([worker, lifeline], return_when=asyncio.FIRST_COMPLETED)
         if worker.done():
             worker.result()
     finally:
+        if not worker.done():
+            watchdog.end_worker_within(config.cluster.drain_s, is_serving=is_serving.is_set())
         for task in (worker, lifeline):
             task.cancel()
         await asyncio.gather(worker, lifeline, return_exceptions=True)
 
 
-async def _parent_gone(leave: asyncio.Event) -> None:
+async def _parent_gone() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     try:
-        while line := await reader.readline():
-            if line == LEAVE:
-                leave.set()
+        while await reader.read(1024):
+            pass
     finally:
         transport.close()
 

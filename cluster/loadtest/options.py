@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.client_access import read_access
 from cluster.host_port import is_host_port
 from cluster.loadtest.load import Load, Process
 from cluster.loadtest.study import StudyPlan
@@ -48,6 +49,8 @@ class BenchOptions:
     ignore_eos: bool = True
     temperature: float = 0.0
     model: str = ""
+    api_key_file: Path | None = None
+    ca: Path | None = None
     header: Sequence[str] = ()
     extra_body: str | None = None
     ttft_ms: float | None = None
@@ -199,6 +202,7 @@ def _make_target(name: str, url: str, flag: str, options: BenchOptions) -> Targe
     return TandemTarget(
         name,
         address,
+        access=read_access(options.api_key_file, options.ca, address),
         # What earlier commands sent is in the service's cache; this one's prompts must not be found there.
         cache_salt=f"bench {uuid.uuid4().hex}",
         sends_objectives=options.send_objectives,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from tandem.client import Client, GenerateChunk
+from tandem.client import GenerateChunk
 from tandem.client import Prompt as ClientPrompt
 
 from cluster.calls import plain, service_errors
+from cluster.client_access import OPEN_ACCESS, Access
 from cluster.loadtest.request import LoadRequest, chat_of, token_ids_of
 from cluster.loadtest.target import Finished, TargetFacts, Tokens
 from engine.objectives import Objectives
@@ -25,6 +26,7 @@ class TandemTarget:
         name: str,
         address: str,
         *,
+        access: Access = OPEN_ACCESS,
         cache_salt: str = "",
         sends_objectives: bool = True,
         ignore_eos: bool = True,
@@ -32,10 +34,12 @@ class TandemTarget:
     ) -> None:
         self.name, self.url, self.acts_on_objectives = name, address, sends_objectives
         self._salt, self._ignore_eos, self._temperature = cache_salt, ignore_eos, temperature
-        self._client = Client(address)
+        self._access = access
+        self._client = access.client(address)
 
     async def facts(self) -> TargetFacts:
-        async with service_errors(self.url), Client(self.url, timeout_s=FACTS_TIMEOUT_S) as client:
+        quick = self._access.client(self.url, timeout_s=FACTS_TIMEOUT_S)
+        async with service_errors(self.url), quick as client:
             model = await client.get_model()
         return TargetFacts(model.model, model.vocab_size, model.max_context)
 

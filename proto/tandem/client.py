@@ -22,6 +22,7 @@ the value and what would be right.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -83,12 +84,22 @@ class Sampling(TypedDict, total=False):
 class Client:
     """A connection to one service. Use it as an async context manager, in one event loop, by as many tasks as needed.
 
-    `timeout_s` is the deadline of calls that name none; None for no deadline.
+    `api_key`, an API key or a JSON Web Token, says who calls; "" where the service does not ask. `timeout_s` is the
+    deadline of calls that name none; None for no deadline. `ca` is the PEM of the certificates that sign the service's
+    own: with it the connection is encrypted. Raises ValueError, which does not show the key, for a key that cannot be
+    one, or that would go over a network in clear.
     """
 
-    def __init__(self, address: str, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str, *, api_key: str = "", timeout_s: float | None = None, ca: bytes | None = None
+    ) -> None:
+        check_key(api_key, address, is_encrypted=ca is not None)
         limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        self._channel = grpc.aio.insecure_channel(address, options=limits)
+        if ca is None:
+            self._channel = grpc.aio.insecure_channel(address, options=limits)
+        else:
+            self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca), options=limits)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
@@ -139,7 +150,7 @@ class Client:
             token_ids=_token_ids(prompt),
             messages=_messages(prompt),
         )
-        call = method(request, timeout=self._timeout(timeout_s))
+        call = method(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
         try:
             async for response in call:
                 yield response.chunk if response.WhichOneof("response") == "chunk" else response.complete
@@ -187,7 +198,7 @@ class Client:
             request_serializer=GetModelRequest.SerializeToString,
             response_deserializer=GetModelResponse.FromString,
         )
-        return await method(GetModelRequest(), timeout=self._timeout_s)
+        return await method(GetModelRequest(), timeout=self._timeout_s, metadata=self._metadata)
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids that `generate` would make of `prompt`."""
@@ -198,8 +209,8 @@ class Client:
         )
         text = prompt if isinstance(prompt, str) else None
         messages = None if isinstance(prompt, str) else _chat(prompt)
-        response = await method(TokenizeRequest(text=text, messages=messages), timeout=self._timeout_s)
-        return list(response.token_ids)
+        request = TokenizeRequest(text=text, messages=messages)
+        return list((await method(request, timeout=self._timeout_s, metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
@@ -209,7 +220,7 @@ class Client:
             response_deserializer=DetokenizeResponse.FromString,
         )
         request = DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
-        return (await method(request, timeout=self._timeout_s)).text
+        return (await method(request, timeout=self._timeout_s, metadata=self._metadata)).text
 
     async def status(self) -> GetStatusResponse:
         """The cluster as its gateway sees it now."""
@@ -218,10 +229,25 @@ class Client:
             request_serializer=GetStatusRequest.SerializeToString,
             response_deserializer=GetStatusResponse.FromString,
         )
-        return await method(GetStatusRequest(), timeout=self._timeout_s)
+        return await method(GetStatusRequest(), timeout=self._timeout_s, metadata=self._metadata)
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
+
+
+def check_key(api_key: str, address: str, *, is_encrypted: bool = False) -> None:
+    """Raises ValueError, which does not show the key, for one that cannot be, or would go to `address` in clear."""
+    if not api_key:
+        return
+    if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise ValueError("this is no API key or token: it holds spaces, ends of lines or other odd characters")
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        stays_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        stays_here = address.startswith("unix:")
+    if not (stays_here or is_encrypted):
+        raise ValueError(f"the key would go to {address} in clear, and others could read it on its way")
 
 
 def _token_ids(prompt: Prompt) -> TokenIds | None:

@@ -13,6 +13,7 @@ from cluster.gateway_config import GatewayConfig, RouterConfig
 from cluster.links import DecodeLinks
 from cluster.messages import Chunk, Complete, GenerateRequest, ModelInfo
 from cluster.registry import Registry, WorkerReport
+from cluster.security.tenant_salts import TenantSalts
 from engine.sampling import SamplingParams
 from engine.stats import LoopStats
 from tests.cluster.fake_decode import STEP_S, FakeDecode
@@ -45,11 +46,15 @@ def report(name: str, **changes: object) -> WorkerReport:
 
 @asynccontextmanager
 async def serving(
-    fake: FakeDecode, workers: tuple[str, ...] = ("p", "d"), config: GatewayConfig = CONFIG
+    fake: FakeDecode,
+    workers: tuple[str, ...] = ("p", "d"),
+    config: GatewayConfig = CONFIG,
+    salts: TenantSalts | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway over `fake`; on leaving, nothing may be held anywhere."""
     links = DecodeLinks(fake)
-    gateway = Gateway(TOKENIZER, MODEL, Registry(config.fresh_s, config.expire_s), links, config, random.Random(1))
+    registry = Registry(config.fresh_s, config.expire_s)
+    gateway = Gateway(TOKENIZER, MODEL, registry, links, config, random.Random(1), salts=salts)
     for name in workers:
         gateway.heartbeat(report(name))
     yield gateway

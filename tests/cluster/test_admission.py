@@ -114,3 +114,19 @@ async def test_whose_first_token_is_due_first_goes_first_and_nobody_starves() ->
     tasks += [visitors.start("lax", stay_s=1.0, due_s=90.0), visitors.start("urgent", stay_s=1.0, due_s=29.5)]
     await asyncio.gather(*tasks)
     assert visitors.entered == ["first", "urgent", "patient", "lax"]
+
+
+@on_virtual_time
+async def test_those_that_come_and_go_while_all_places_are_taken_leave_nothing() -> None:
+    admission = Admission(max_running=1, max_waiting=4)
+    visitors = Visitors(admission)
+    running, waiting = visitors.start("runs", stay_s=1000.0), visitors.start("waits", stay_s=1.0)
+    for number in range(2000):
+        passing = visitors.start(f"{number}")
+        await asyncio.sleep(0.01)
+        passing.cancel()
+        await asyncio.wait([passing])
+    assert counts(admission) == (1, 1)
+    assert len(admission._order) < 100
+    await asyncio.gather(running, waiting)
+    assert visitors.entered == ["runs", "waits"]

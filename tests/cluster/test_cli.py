@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tandem.v1.inference_pb2 import GetStatusResponse, Receipt, WorkerStatus
 
 from cluster.calls import plain
 from cluster.cli import run_command
+from cluster.client_access import read_access
 from cluster.commands.serve import command_to_try
+from cluster.security.api_keys import parse_keys
 
 NOBODY = "127.0.0.1:9"
 
@@ -39,6 +43,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["serve", "--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster there"),
         (["serve", "--config", "/none.yaml"], "/none.yaml: cannot be read: No such file"),
         (["serve", "--model", "/none.gguf"], "model '/none.gguf' not found; known: "),
+        (["keys"], "Missing command"),
+        (["keys", "new"], "Missing option '--tenant'"),
+        (["keys", "new", "--tenant", "a b", "--file", "/tmp/none"], "--tenant: got 'a b', expected a word"),
+        (["keys", "new", "--tenant", "a", "--file", "/none/keys"], "/none/keys: cannot be written: No such file"),
+        (["status", "--api-key-file", "/none"], "--api-key-file: cannot be read, expected the path of a file"),
+        (["status", "--api-key-file", "tandem_0_s3cret"], "--api-key-file: cannot be read, expected the path of a fi"),
+        (["generate", "a", "--api-key-file", "/dev/null"], "--api-key-file: the file is empty, expected an API key"),
+        (["bench", "--rate", "1", "--api-key-file", "/none"], "--api-key-file: cannot be read, expected the path of"),
         (["generate"], "got neither, expected either TEXT or --file"),
         (["generate", "a", "--file", "b"], "got both, expected either TEXT or --file"),
         (["generate", ""], "TEXT: got '', expected"),
@@ -108,6 +120,8 @@ def test_command_to_try():
     assert "--url" not in command_to_try("127.0.0.1:50051", has_chat=False)
     command = command_to_try("127.0.0.1:1234", has_chat=True)
     assert "generate 'What is the capital of France?' --chat --url 127.0.0.1:1234" in command
+    assert "--api-key-file" not in command
+    assert " --api-key-file KEY " in command_to_try("127.0.0.1:1234", has_chat=True, needs_key=True)
 
 
 def test_plain_keeps_defaults_and_large_numbers():
@@ -117,3 +131,43 @@ def test_plain_keeps_defaults_and_large_numbers():
     assert status["workers"][0]["fresh"] is False
     assert status["requests_running"] == 0
     assert set(plain(Receipt())) == {field.name for field in Receipt.DESCRIPTOR.fields}
+
+
+def test_a_new_key_is_printed_once_and_its_hash_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    assert run_command(["keys", "new", "--tenant", "acme", "--file", str(file)]) == 0
+    out, err = capsys.readouterr()
+    key = out.removesuffix("\n")
+    assert err == ""
+    assert key not in file.read_text()
+    assert parse_keys(file.read_text(), "keys").tenant_of(key) == "acme"
+
+
+def test_keys_are_made_as_the_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    lines = re.findall(r"^tandem keys .*$", page, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        command = line.replace("tandem", f"{sys.executable} -m cluster.cli", 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    keys = parse_keys((tmp_path / "keys").read_text(), "keys")
+    for tenant in ("acme", "ops"):
+        assert keys.tenant_of((tmp_path / f"{tenant}.key").read_text().strip()) == tenant
+
+
+def test_a_key_is_a_files_or_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TANDEM_API_KEY", raising=False)
+    assert read_access(None, None, NOBODY).api_key == ""
+    monkeypatch.setenv("TANDEM_API_KEY", "of-the-environment")
+    (tmp_path / "key").write_text("of-the-file\n")
+    assert read_access(None, None, NOBODY).api_key == "of-the-environment"
+    assert read_access(tmp_path / "key", None, NOBODY).api_key == "of-the-file"
+
+
+@pytest.mark.parametrize("url", ["10.0.0.1:50051", "gateway.example:50051", "[2001:db8::1]:50051", "127.0.0.1.evil:1"])
+def test_a_key_does_not_leave_the_machine_in_clear(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("TANDEM_API_KEY", "the-key")
+    said = fails(capsys, "status", "--url", url)
+    assert said == f"TANDEM_API_KEY: the key would go to {url} in clear, and others could read it on its way"

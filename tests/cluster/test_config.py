@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cluster.chaos.plan import read_plan
 from cluster.config import FLAGS, TandemConfig, from_json, known_keys, load, to_json
 from cluster.environment import prepare_ray, read_environment, worker_variables
 from cluster.worker_spec import cpus_of, worker_names
@@ -93,6 +96,23 @@ def test_every_flag_has_a_key():
         ),
         ("gateway: {fresh_s: .nan}\n", "FILE:1: gateway.fresh_s: got nan, expected: a finite number"),
         ("gateway: {fresh_s: 0.5}\n", "FILE:1: gateway: expected: heartbeat_interval_s must be less than fresh_s"),
+        (
+            "gateway:\n  auth: {key_file: x}\n",
+            "FILE:2: gateway.auth.key_file: unknown key, nearest known key: gateway.auth.keys_file",
+        ),
+        (
+            "gateway: {tenants: {acme: {requests_pers: 1}}}\n",
+            "FILE:1: gateway.tenants.acme.requests_pers: unknown key, nearest known key: gateway.quota.requests_per_s",
+        ),
+        ("gateway: {quota: {burst: 3}}\n", "FILE:1: gateway.quota: expected: burst goes with requests_per_s"),
+        (
+            "gateway: {tenants: {acme: {}}}\n",
+            "FILE:1: gateway: expected: tenants and auth.operators go with auth.keys_file or auth.jwt.keys_file",
+        ),
+        (
+            "gateway: {auth: {keys_file: k, operators: ['a b']}}\n",
+            "FILE:1: gateway: expected: tenants: got 'a b', expected a word of 1 to 128 characters without #",
+        ),
         ("cluster: {address: nowhere}\n", "FILE:1: cluster.address: got 'nowhere', expected: ray, none, or HOST:PORT"),
         ("cluster: {address: 'h:99999'}\n", "FILE:1: cluster.address: got 'h:99999', expected: ray, none, or HOST:P"),
         ("- 1\n", "FILE: got a list, expected a mapping with the sections engine, prefill"),
@@ -128,11 +148,29 @@ def test_worker_names():
     assert worker_names(config) == [("prefill", "prefill-0"), ("decode", "decode-0"), ("decode", "decode-1")]
 
 
+def test_configurations_on_the_pages_can_be_loaded(file):
+    found = []
+    for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md")):
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+            path = file(block)
+            if set(yaml.safe_load(block)) <= set(TandemConfig.model_fields):
+                load(path)
+                found.append(page.name)
+            else:
+                # What else there is: plans of `tandem chaos`.
+                read_plan(path, ("prefill-0", "prefill-1", "decode-0", "decode-1"))
+    assert found.count("cluster.md") >= 3
+
+
 def test_environment():
     assert read_environment({}).log_level == 30
     assert read_environment({"TANDEM_LOG_LEVEL": "INFO"}).log_level == 20
     with pytest.raises(ConfigError, match="TANDEM_LOG_LEVEL: got 'loud', expected one of debug, info"):
         read_environment({"TANDEM_LOG_LEVEL": "loud"})
+    read = read_environment({"TANDEM_API_KEY": "the-key\n"})
+    assert read.api_key == "the-key"
+    assert "the-key" not in repr(read)
+    assert read_environment({}).api_key == ""
 
 
 def test_one_ray_token_for_as_long_as_the_process_lives(monkeypatch):

@@ -27,7 +27,7 @@ STATS = LoopStats(
     running=0, waiting=0, queued_tokens=0, blocks_total=100, blocks_free=100, blocks_cached=0, block_size=16, steps=0
 )
 OBJECTIVES = Objectives(ttft_s=2.0, tpot_s=0.05)
-CONFIG = ControllerConfig(enabled=True, interval_s=1.0, cooldown_s=2.0, window_s=10.0, drain_limit_s=20.0)
+CONFIG = ControllerConfig(enabled=True, interval_s=1.0, cooldown_s=2.0, window_s=10.0, flip_limit_s=20.0)
 
 
 class FakeFleet:
@@ -165,7 +165,7 @@ async def test_a_worker_that_gives_up_is_let_alone(caplog: pytest.LogCaptureFixt
             assert bench.report("d0") == ""
             assert bench.loop.flip_count == 0
             bench.asked.clear()
-            await asyncio.sleep(CONFIG.drain_limit_s - 5.0)
+            await asyncio.sleep(CONFIG.flip_limit_s - 5.0)
             assert not bench.asked, "and nobody is bothered for a while"
     assert "d0 does not become a prefill worker" in caplog.text
 
@@ -202,7 +202,7 @@ async def test_a_worker_that_never_answers_is_forgotten():
     bench.arriving = PROMPTS
     async with bench.running():
         await bench.wished()
-        await asyncio.sleep(2 * CONFIG.drain_limit_s + 25.0)
+        await asyncio.sleep(2 * CONFIG.flip_limit_s + 25.0)
         actions = [action for _, action in bench.loop.actions]
         assert len(actions) >= 2, "after that it tries again"
 

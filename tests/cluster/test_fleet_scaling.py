@@ -78,12 +78,22 @@ async def grow_and_shrink(fleet: Fleet, log: list[str]) -> None:
         assert await fleet.add("prefill") == "prefill-2", "a name is not given twice"
         fleet.check()
         assert not gateway.last["decode-0"].stats.draining
-    assert not any("starting it again" in line for line in log), log
+        assert not any("starting it again" in line for line in log), log
+        before = gateway.last["decode-0"].incarnation
+        assert fleet.worker_ids() == ["decode-0", "prefill-0", "prefill-2"]
+        await fleet.restart("decode-0")
+        assert gateway.last["decode-0"].stats.draining, "it said that it leaves"
+        await gateway.until(lambda: gateway.last["decode-0"].incarnation > before, fleet)
+        assert not gateway.last["decode-0"].stats.draining
+        with pytest.raises(NotFound, match="prefill-1"):
+            await fleet.restart("prefill-1")
+        fleet.check()
+    assert not any("died" in line or "ended" in line for line in log), log
 
 
 async def test_processes_come_and_leave(engine: EngineConfig):
     log: list[str] = []
-    cluster = ClusterConfig(prefill=0, decode=1, address="none", stop_timeout_s=2)
+    cluster = ClusterConfig(prefill=0, decode=1, address="none", drain_s=2)
     await grow_and_shrink(ProcessFleet(TandemConfig(engine=engine, cluster=cluster), log.append), log)
 
 
@@ -91,7 +101,7 @@ async def test_processes_come_and_leave(engine: EngineConfig):
 async def test_one_more_that_cannot_run_costs_only_itself(engine: EngineConfig, tmp_path: Path):
     """Its configuration asks for a split that the model does not allow; those that are there go on."""
     log: list[str] = []
-    cluster = ClusterConfig(prefill=0, decode=1, address="none", stop_timeout_s=2, prefill_parallel=(7, 1))
+    cluster = ClusterConfig(prefill=0, decode=1, address="none", drain_s=2, prefill_parallel=(7, 1))
     fleet = ProcessFleet(TandemConfig(engine=engine, cluster=cluster), log.append)
     async with started(fleet) as gateway:
         await fleet.add("prefill")
@@ -109,5 +119,5 @@ async def test_actors_come_and_leave(engine: EngineConfig):
 
     log: list[str] = []
     controller = {"enabled": True, "max_workers": 3, "min_prefill": 0, "min_workers": 1}
-    cluster = ClusterConfig(prefill=0, decode=1, address="ray", stop_timeout_s=2, controller=controller)
+    cluster = ClusterConfig(prefill=0, decode=1, address="ray", drain_s=2, controller=controller)
     await grow_and_shrink(RayFleet(TandemConfig(engine=engine, cluster=cluster), log.append), log)

@@ -42,7 +42,7 @@ class Cluster:
         self.workers: dict[str, FlexibleWorker] = {}
         self.runner: EmulatedRunner = emulated.runner(64)
 
-    def add(self, name: str, role: Role, drain_limit_s: float = 60.0) -> FlexibleWorker:
+    def add(self, name: str, role: Role, flip_limit_s: float = 60.0) -> FlexibleWorker:
         runner = emulated.runner(64)
 
         def make_prefill() -> PrefillWorker:
@@ -53,7 +53,7 @@ class Cluster:
                 runner, DecodeConfig(), self.transport, worker_id=name, eos_token_ids=frozenset(), max_context=200
             )
 
-        worker = FlexibleWorker(make_prefill, make_decode, role, worker_id=name, drain_limit_s=drain_limit_s)
+        worker = FlexibleWorker(make_prefill, make_decode, role, worker_id=name, flip_limit_s=flip_limit_s)
         self.workers[name] = worker
         self.prefill_network.register(name, worker)
         self.decode_network.register(name, worker)
@@ -160,7 +160,7 @@ async def test_a_prefill_workers_drain_waits_for_its_pulls():
 @on_virtual_time
 async def test_a_flip_is_given_up_after_its_limit_and_nothing_is_lost():
     cluster = Cluster()
-    worker = cluster.add("w", "prefill", drain_limit_s=3.0)
+    worker = cluster.add("w", "prefill", flip_limit_s=3.0)
     async with running(cluster):
         async with aclosing(worker.prefill(call(40))) as frames:
             await anext(frames)

@@ -19,6 +19,7 @@ from cluster.links import DecodeLinks
 from cluster.messages import Complete, GenerateRequest, ModelInfo
 from cluster.registry import Registry, Role
 from cluster.registry_server import registry_service
+from cluster.security.ticket_office import TicketOffice
 from cluster.worker_process import run_worker
 from cluster.worker_spec import WorkerSpec
 from decode_worker.grpc_transport import GrpcDecodeTransport
@@ -89,7 +90,7 @@ async def cluster(folder: Path) -> AsyncIterator[tuple[Gateway, Roles]]:
     )
     model = ModelInfo(folder.name, 97, 160)
     gateway = roles.gateway = Gateway(
-        None, model, roles.registry, links, config, random.Random(1), None, controller=roles
+        None, model, roles.registry, links, config, random.Random(1), None, roles, TicketOffice(roles.registry)
     )
     server = await start_server("127.0.0.1:0", [registry_service(gateway.heartbeat)])
     workers = [

@@ -142,12 +142,14 @@ async def test_a_reader_that_stops_holds_no_place() -> None:
         assert complete.receipt.tpot_s == pytest.approx(STEP_S), "when they came, not when they were read"
 
 
+@pytest.mark.parametrize("asked_s", [None, 1e11])
 @on_virtual_time
-async def test_no_deadline_at_all_is_possible() -> None:
+async def test_no_request_lives_longer_than_a_stream_may(asked_s: float | None) -> None:
     fake = FakeDecode(ANSWER)
-    async with serving(fake, config=CONFIG.model_copy(update={"default_deadline_s": None})) as gateway:
-        await collect(gateway, TO_THE_END)
-    assert fake.submits[0][1].deadline_s is None
+    config = CONFIG.model_copy(update={"default_deadline_s": None, "max_stream_s": 30.0})
+    async with serving(fake, config=config) as gateway:
+        await collect(gateway, replace(TO_THE_END, deadline_s=asked_s))
+    assert fake.submits[0][1].deadline_s == 30.0
 
 
 @pytest.mark.parametrize("seed", range(10))

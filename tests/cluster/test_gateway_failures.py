@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,20 @@ def text_of(parts: tuple[list[Chunk], Complete]) -> str:
     return "".join(chunk.text for chunk in parts[0])
 
 
+@on_virtual_time
+async def test_why_a_request_was_tried_again_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeDecode(ANSWER)
+    with caplog.at_level(logging.INFO, "cluster.failures"):
+        async with serving(fake, ("p", "d1", "d2")) as gateway:
+            task = start(gateway, "r", params=TO_THE_END.params)
+            await asyncio.sleep(1.5 * STEP_S)
+            [first] = fake.attached
+            fake.break_link(first, LOST)
+            await task
+    [record] = caplog.records
+    assert record.message.startswith(f"r: p, {first[:2]}: lost the decode worker at {first}: connection reset; retry 1")
+
+
 @pytest.mark.parametrize("after", [0.5, 1.5, 2.5, 5.5, LENGTH + 0.5])
 @on_virtual_time
 async def test_an_answer_goes_on_where_its_worker_was_lost(after: float) -> None:
@@ -73,6 +88,33 @@ async def test_an_answer_goes_on_where_its_worker_was_lost(after: float) -> None
             assert again.prompt_tokens == (len(PROMPT) if drawn else 0)
         else:
             assert complete.receipt.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("lie", "text"),
+    [
+        (Delta("r#1", 1, (Sampled(5),)), "it drew choice 1 of 1"),
+        (Delta("r#1", 0, (Sampled(5),) * (LENGTH + 1)), f"it drew more than 1 times {LENGTH} tokens"),
+        (Delta("r#1", 0, (Sampled((1 << 32) - 1),)), "it drew tokens that are none of 265"),
+    ],
+    ids=["choice", "many", "none"],
+)
+@on_virtual_time
+async def test_a_worker_that_says_what_nobody_asked_for_loses_its_link_and_its_requests_go_on_elsewhere(
+    lie: Delta, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it drew might become part of a prompt: another worker would die of a token that there is not."""
+    fake = FakeDecode(ANSWER)
+    async with serving(fake, ("p", "d1", "d2")) as gateway:
+        task = start(gateway, "r", params=TO_THE_END.params)
+        await asyncio.sleep(2.5 * STEP_S)
+        [liar] = fake.attached
+        fake.push(liar, lie)
+        _, complete = await task
+        assert [token.token_id for token in complete.choices[0].tokens] == ANSWER
+        assert [address == liar for address, _ in fake.submits] == [True, False]
+    [line] = [record.getMessage() for record in caplog.records if "was not believed" in record.getMessage()]
+    assert text in line
 
 
 @on_virtual_time

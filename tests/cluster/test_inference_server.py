@@ -14,6 +14,8 @@ from tandem.v1 import inference_pb2 as pb
 
 from cluster.inference_server import inference_service
 from cluster.messages import Complete, Message
+from cluster.security.auth_config import QuotaConfig
+from cluster.security.quotas import Quotas
 from engine.errors import InvalidArgument, NotFound, TandemError
 from kvtransfer.rpc import error_from_rpc
 from kvtransfer.rpc_channel import Channels
@@ -295,7 +297,9 @@ async def test_a_bug_in_the_gateway_is_internal_and_says_nothing(caplog):
         tokenizer = None
         model = MODEL
 
-        def new_request_id(self) -> str:
+        quotas = Quotas(QuotaConfig(), {})
+
+        def new_request_id(self, tenant: str) -> str:
             return "r"
 
         async def generate(self, asked) -> AsyncIterator[Complete]:

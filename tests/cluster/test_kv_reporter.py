@@ -73,6 +73,17 @@ def test_more_changes_than_the_pool_notes_are_a_snapshot():
     assert report(reporter, cache) == KVEvents(2, is_snapshot=True, stored=tuple(range(5)))
 
 
+def test_a_large_snapshot_is_told_in_pieces_and_what_goes_meanwhile_is_not_told():
+    reporter, cache = KVReporter(max_names=3), Cache()
+    cache.store(*range(7))
+    assert report(reporter, cache) == KVEvents(1, is_snapshot=True, stored=(0, 1, 2))
+    cache.evict(4, 0)
+    cache.store(9)
+    assert report(reporter, cache) == KVEvents(2, is_snapshot=False, stored=(3,), evicted=(4, 0))
+    assert report(reporter, cache) == KVEvents(3, is_snapshot=False, stored=(5, 6, 9))
+    assert report(reporter, cache) == KVEvents(4, is_snapshot=False)
+
+
 change = st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=8)
 # What becomes of a report: it arrives, or is lost, which nobody tells the worker; or it has a new pool beforehand.
 step = st.tuples(change, st.sampled_from(["arrives", "arrives", "arrives", "is lost", "new pool"]))
@@ -80,8 +91,8 @@ step = st.tuples(change, st.sampled_from(["arrives", "arrives", "arrives", "is l
 
 @given(st.lists(step, max_size=20))
 def test_the_index_ends_up_with_what_the_pool_holds(steps: list[tuple[list[tuple[bool, int]], str]]):
-    reporter, index, cache = KVReporter(), PrefixIndex(), Cache(limit=6)
-    for changes, fate in [*steps, *[([], "arrives")] * 2]:
+    reporter, index, cache = KVReporter(max_names=7), PrefixIndex(), Cache(limit=6)
+    for changes, fate in [*steps, *[([], "arrives")] * 4]:
         if fate == "new pool":
             cache = Cache(limit=6)
             reporter.resync()

@@ -102,6 +102,17 @@ def test_memory_is_bounded() -> None:
     assert index.holds("b", 7)
 
 
+def test_one_that_names_too_many_leaves_others_their_share() -> None:
+    index = PrefixIndex(max_entries=1000)
+    for worker in "abc":
+        index.apply(worker, KVEvents(1, True))
+    index.apply("liar", KVEvents(1, True, tuple(range(10_000))))
+    for number, worker in enumerate("abc"):
+        names = tuple(range(20_000 + 1000 * number, 20_000 + 1000 * number + 166))
+        index.apply(worker, KVEvents(2, False, names))
+        assert all(index.holds(worker, name) for name in names)
+
+
 class PrefixMachine(RuleBasedStateMachine):
     """Workers that store and evict chains from the tail, lose reports, restart; and routes in between."""
 

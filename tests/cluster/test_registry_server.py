@@ -6,10 +6,17 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from tandem.v1 import worker_pb2
 
 from cluster.heartbeat import report_forever
 from cluster.registry import HeartbeatReply, KVEvents, Registry, WorkerReport
-from cluster.registry_server import registry_service, report_from_proto, report_to_proto, send_heartbeat
+from cluster.registry_server import (
+    registry_service,
+    reply_from_proto,
+    report_from_proto,
+    report_to_proto,
+    send_heartbeat,
+)
 from engine.errors import InvalidArgument, Unavailable
 from engine.stats import LoopStats
 from kvtransfer.rpc_channel import Channels
@@ -33,11 +40,10 @@ async def test_a_heartbeat_reaches_the_registry_and_brings_the_interval_back():
 
     server = await start_server("127.0.0.1:0", [registry_service(take)])
     channels = Channels()
-    channel = channels.get(server.address)
-    assert await send_heartbeat(channel, REPORT) == HeartbeatReply(0.25)
+    assert await send_heartbeat(channels, server.address, REPORT) == HeartbeatReply(0.25)
     assert [worker.report for worker in registry.all(7.0)] == [REPORT]
     with pytest.raises(InvalidArgument, match="role"):
-        await send_heartbeat(channel, WorkerReport("x", "cook", "a:1", 1, "smollm2", STATS))
+        await send_heartbeat(channels, server.address, WorkerReport("x", "cook", "a:1", 1, "smollm2", STATS))
     await channels.close()
     await server.stop()
 
@@ -47,15 +53,21 @@ async def test_an_interval_that_makes_no_sense_is_an_error(interval_s):
     server = await start_server("127.0.0.1:0", [registry_service(lambda report: HeartbeatReply(interval_s))])
     channels = Channels()
     with pytest.raises(Unavailable):
-        await send_heartbeat(channels.get(server.address), REPORT)
+        await send_heartbeat(channels, server.address, REPORT)
     await channels.close()
     await server.stop()
+
+
+async def test_a_clock_that_makes_no_sense_is_an_error():
+    # Tickets would never expire by it.
+    with pytest.raises(Unavailable, match="says that it is nan s"):
+        reply_from_proto(worker_pb2.HeartbeatReply(interval_s=1.0, now_s=float("nan")))
 
 
 async def test_nobody_there_is_unavailable():
     channels = Channels()
     with pytest.raises(Unavailable):
-        await send_heartbeat(channels.get("127.0.0.1:1"), REPORT)
+        await send_heartbeat(channels, "127.0.0.1:1", REPORT)
     await channels.close()
 
 
@@ -68,7 +80,7 @@ async def test_reports_go_on_until_cancelled():
 
     server = await start_server("127.0.0.1:0", [registry_service(take)])
     channels = Channels()
-    send = partial(send_heartbeat, channels.get(server.address))
+    send = partial(send_heartbeat, channels, server.address)
     reporting = asyncio.create_task(report_forever(lambda: REPORT, send, changed=asyncio.Event(), rng=random.Random(1)))
     await eventually(lambda: len(heard) >= 3)
     reporting.cancel()
@@ -90,7 +102,7 @@ async def test_load_links_and_kv_events_arrive_as_they_were_sent():
 
     server = await start_server("127.0.0.1:0", [registry_service(take)])
     channels = Channels()
-    assert await send_heartbeat(channels.get(server.address), sent) == HeartbeatReply(0.5, "decode", kv_resync=True)
+    assert await send_heartbeat(channels, server.address, sent) == HeartbeatReply(0.5, "decode", kv_resync=True)
     assert heard == [sent]
     await channels.close()
     await server.stop()

@@ -12,15 +12,19 @@ from cluster.config import TandemConfig, load
 from cluster.flexible_worker import FlexibleWorker
 from cluster.registry import HeartbeatReply, KVEvents, WorkerReport
 from cluster.registry_server import registry_service
+from cluster.security.identity import WorkerIdentity
+from cluster.security.security_config import SecurityConfig
 from cluster.worker_process import serve_worker
 from cluster.worker_spec import WorkerSpec
 from decode_worker.stream import Command, TokenFrame
-from engine.errors import ConfigError
+from engine.errors import ConfigError, HandedBack, TandemError
 from engine.kv_events import KVEventBatch
 from engine.stats import LoopStats
 from kvtransfer.frames import Frame
 from kvtransfer.rpc_server import start_server
 from kvtransfer.transport import PrefillCall
+
+IDENTITY = WorkerIdentity("p", 7, SecurityConfig())
 
 
 class FakeLoop:
@@ -29,6 +33,7 @@ class FakeLoop:
     def __init__(self) -> None:
         self.running = 0
         self.crash = asyncio.Event()
+        self.let_go_with: TandemError | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -37,6 +42,15 @@ class FakeLoop:
     async def run(self) -> None:
         await self.crash.wait()
         raise AssertionError("block 3 is owned twice")
+
+    def drain(self) -> None:
+        """Nothing waits here."""
+
+    def resume(self) -> None:
+        """Nothing was drained."""
+
+    def let_go(self, error: TandemError) -> None:
+        self.let_go_with, self.running = error, 0
 
     def stats(self) -> LoopStats:
         return LoopStats(self.running, 0, 0, 8, 8, 0, 16, 0)
@@ -84,21 +98,21 @@ class Heard:
         return self.reports[-1]
 
 
-def config(stop_timeout_s: float = 5.0) -> TandemConfig:
+def config(drain_s: float = 5.0) -> TandemConfig:
     loaded = load()
-    return loaded.model_copy(update={"cluster": loaded.cluster.model_copy(update={"stop_timeout_s": stop_timeout_s})})
+    return loaded.model_copy(update={"cluster": loaded.cluster.model_copy(update={"drain_s": drain_s})})
 
 
 @asynccontextmanager
 async def running(
-    loop: FakeLoop, stop_timeout_s: float = 5.0, name: str = "p", leave: asyncio.Event | None = None
+    loop: FakeLoop, drain_s: float = 5.0, name: str = "p"
 ) -> AsyncIterator[tuple[Heard, asyncio.Task[None]]]:
     heard = Heard()
     gateway = await start_server("127.0.0.1:0", [registry_service(heard.take)])
     spec = WorkerSpec("prefill", name, gateway.address)
     worker = FlexibleWorker(lambda: loop, FakeLoop, "prefill", worker_id=name)
-    settings = config(stop_timeout_s)
-    task = asyncio.create_task(serve_worker(spec, settings, worker, "model", incarnation=7, leave=leave))
+    settings = config(drain_s)
+    task = asyncio.create_task(serve_worker(spec, settings, worker, "model", 7, IDENTITY))
     try:
         async with asyncio.timeout(10):
             await heard.more.wait()
@@ -158,6 +172,12 @@ async def test_a_crash_of_the_loop_ends_it():
             await asyncio.open_connection(*address.split(":"))
 
 
+async def ends(task: asyncio.Task[None]) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(5):
+            await task
+
+
 async def test_it_drains_before_it_ends():
     loop = FakeLoop()
     loop.running = 1
@@ -166,33 +186,40 @@ async def test_it_drains_before_it_ends():
         await heard.until(lambda report: report.stats.draining)
         assert not task.done(), "what runs is finished first"
         loop.running = 0
-        with pytest.raises(asyncio.CancelledError):
-            async with asyncio.timeout(5):
-                await task
+        await ends(task)
+        assert loop.let_go_with is None
 
 
-async def test_one_that_is_to_leave_drains_for_as_long_as_it_takes():
-    loop, leave = FakeLoop(), asyncio.Event()
-    loop.running = 1
-    async with running(loop, stop_timeout_s=0.1, leave=leave) as (heard, task):
-        leave.set()
+async def test_it_stays_as_long_as_something_is_on_its_way_to_it():
+    async with running(FakeLoop()) as (heard, task):
+        heard.reply = HeartbeatReply(0.05, on_its_way=1)
+        task.cancel()
         await heard.until(lambda report: report.stats.draining)
         count = len(heard.reports)
-        await heard.until(lambda _: len(heard.reports) > count + 3)
-        assert not task.done(), "the stop's limit is not its limit"
-        loop.running = 0
-        async with asyncio.timeout(5):
-            await task
+        await heard.until(lambda _: len(heard.reports) > count + 2)
+        assert not task.done(), "a request that its gateway has sent may not have come yet"
+        heard.reply = HeartbeatReply(0.05)
+        await ends(task)
 
 
-async def test_draining_is_bounded():
+async def test_a_crash_while_it_drains_leaves_nothing_to_wait_for():
     loop = FakeLoop()
     loop.running = 1
-    async with running(loop, stop_timeout_s=0.1) as (_, task):
+    async with running(loop, drain_s=60.0) as (heard, task):
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            async with asyncio.timeout(5):
-                await task
+        await heard.until(lambda report: report.stats.draining)
+        loop.crash.set()
+        await ends(task)
+
+
+async def test_what_is_not_done_in_time_is_handed_back():
+    loop = FakeLoop()
+    loop.running = 1
+    async with running(loop, drain_s=0.2) as (_, task):
+        task.cancel()
+        await ends(task)
+        assert isinstance(loop.let_go_with, HandedBack)
+        assert str(loop.let_go_with) == "p leaves, and had 0.2 s to finish what it had"
 
 
 async def test_a_taken_port_is_a_config_error():
@@ -201,6 +228,6 @@ async def test_a_taken_port_is_a_config_error():
     worker = FlexibleWorker(FakeLoop, FakeLoop, "prefill", worker_id="p")
     try:
         with pytest.raises(ConfigError, match="in use"):
-            await serve_worker(spec, config(), worker, "model", incarnation=1)
+            await serve_worker(spec, config(), worker, "model", 1, IDENTITY)
     finally:
         await other.stop()

@@ -14,7 +14,7 @@ from decode_worker.stream import Done, Failed
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout
 from engine.emulated_runner import EmulatedRunner
-from engine.errors import HandedBack, Unavailable
+from engine.errors import HandedBack
 from engine.learned_cost import Learned, learned, learner
 from engine.sampling import SamplingParams
 from engine.step_cost import StepWork
@@ -127,7 +127,7 @@ def test_a_draining_prefill_worker_is_idle_when_its_last_stream_has_been_read() 
             stream = prefill.prefill(call(30))
             await anext(stream)
             prefill.drain()
-            with pytest.raises(Unavailable, match="prefill worker p takes no new prompts"):
+            with pytest.raises(HandedBack, match="prefill worker p drains and takes no new prompts"):
                 await anext(prefill.prefill(call(5)))
             await asyncio.sleep(5)
             assert not prefill.is_idle, "the prompt is done, and its KV is yet to be pulled"

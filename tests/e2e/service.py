@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ STOP_S = 20.0
 CONFIG = """
 engine: {kv_cache_bytes: 67108864}
 gateway: {heartbeat_interval_s: 0.2, fresh_s: 1.5, expire_s: 5, router: {policy: least_loaded}}
-cluster: {grpc_port: 0, stop_timeout_s: 2}
+cluster: {grpc_port: 0, drain_s: 2}
 """
 
 
@@ -84,14 +84,20 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str, config: str = CONFIG) -> Iterator[Served]:
+def serving(
+    folder: Path, *arguments: str, config: str = CONFIG, variables: Mapping[str, str] | None = None
+) -> Iterator[Served]:
     """A service that is ready when the context is entered; nothing of it is left when the context is left."""
     file = folder / "tandem.yaml"
     file.write_text(config)
     log = folder / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*TANDEM, "serve", "--config", str(file), *arguments], stdout=output, stderr=subprocess.STDOUT, text=True
+            [*TANDEM, "serve", "--config", str(file), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(variables or {})},
         )
     served = Served(process, "", log)
     left: set[int] = set()

@@ -50,6 +50,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_command(served: Served, tmp_path: Path, command: str) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    (tmp_path / "acme.key").write_text("a-key-that-a-service-which-does-not-ask-does-not-look-at\n")
     words = shlex.split(command)[1:]
     if "--url" in words:
         words[words.index("--url") + 1] = served.address

@@ -93,7 +93,7 @@ def test_status(served: Served):
 def test_health(served: Served):
     with grpc.insecure_channel(served.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "tandem.v1.Inference"):
+        for name in ("", "liveness", "tandem.v1.Inference"):
             reply = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
@@ -125,7 +125,8 @@ def test_a_taken_port(served: Served):
 
 def test_a_worker_started_by_hand_joins_and_leaves(served: Served, tmp_path):
     config = served.log.parent / "tandem.yaml"
-    command = [*TANDEM, "worker", "prefill", "--gateway", served.address, "--id", "extra", "--config", str(config)]
+    gateway = served.log.read_text().partition("workers report to ")[2].split()[0]
+    command = [*TANDEM, "worker", "prefill", "--gateway", gateway, "--id", "extra", "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         eventually(lambda: "extra" in served.workers(), 60)
@@ -147,11 +148,30 @@ def test_a_killed_worker_is_started_again(served: Served):
     assert "worker decode-0 was killed by signal 9; starting it again" in served.log.read_text()
 
 
+def test_a_hangup_restarts_the_workers_one_at_a_time(served: Served):
+    before = {name: worker["incarnation"] for name, worker in served.workers().items()}
+    served.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "all workers have been restarted" in served.log.read_text(), 120)
+    after = {name: worker["incarnation"] for name, worker in served.workers().items()}
+    assert after.keys() == before.keys()
+    assert all(after[name] > before[name] for name in before)
+    log = served.log.read_text()
+    for name in before:
+        assert f"worker {name} has drained; starting it again" in log
+    assert served.generate("The capital of France is", *GREEDY)[0]["text"].startswith(" Paris")
+
+
 def test_shutdown_leaves_nothing(served: Served):
-    """The last test of the module's service."""
+    """The last test of the module's service. What cannot be finished in time is cut, and told why."""
     processes = served.descendants()
     assert len(processes) == 2
+    endless = ("generate", "Once upon a time", "--url", served.address, "--max-tokens", "1400", "--temperature", "0")
+    client = subprocess.Popen([*TANDEM, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    eventually(lambda: served.workers()["decode-0"]["running"] == 1, 20)
     assert served.stop() == 0
+    _, stderr = client.communicate(timeout=20)
+    assert client.returncode == 2
+    assert "the gateway is shutting down" in stderr
     assert not [command for pid, command in processes.items() if is_alive(pid)]
     assert "Traceback" not in served.log.read_text()
 

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from engine.batch import PENDING_TOKEN, Batch, KVLayout, Row, SampleSpec, StepOutput
+from engine.block_pool import BlockPool
 from engine.device_runner import DeviceRunner
 from engine.device_sampler import DeviceSampler
 from engine.forward import Forward
 from engine.forward_graphs import GraphedForward, padded_rows
+from engine.inbox import Inbox
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.model_config import ModelConfig
+from engine.pulse import Pulse
 from engine.sampler import Sampler
 from engine.sampling import SamplingParams
 from engine.torch_runner import TorchRunner
@@ -162,6 +165,29 @@ def test_tokens_are_those_of_the_plain_runner(
         expected = await one_by_one(plain, params, 6)
         assert await loop(runner, params, 6) == expected
         assert forward.recorded_count == 1, "all decode steps replay one recording"
+        await plain.close()
+        await runner.close()
+
+    asyncio.run(main())
+
+
+def test_a_canary_between_two_steps_changes_neither(device: torch.device) -> None:
+    async def main() -> None:
+        plain, (runner, _, _) = make_plain(), make_device(device)
+        expected = await one_by_one(plain, GREEDY, 3)
+        pool, pulse, mail = BlockPool(LAYOUT.num_blocks, LAYOUT.block_size), Pulse(10.0), Inbox[object](1)
+        pool.new("others")
+        pool.append("others", (LAYOUT.num_blocks - 1) * LAYOUT.block_size)
+        assert not set(pool.next_blocks(1)) & {block for table in tables() for block in table}
+        drawn = [tokens_of(await runner.run(prompt_rows(GREEDY)))]
+        for step in (1, 2):
+            pulse.canary_s = 0.0
+            await pulse.rest(runner, pool, mail, lambda _: None)
+            drawn.append(tokens_of(await runner.run(next_rows(step, GREEDY, drawn[-1]))))
+        assert pulse.is_proven.is_set()
+        assert drawn == expected
+        pool.free("others")
+        pool.check()
         await plain.close()
         await runner.close()
 

@@ -11,8 +11,10 @@ import grpc.aio
 import pytest
 from tandem.client import Client, GenerateChunk, GenerateComplete
 
-from cluster.inference_server import inference_service
-from kvtransfer.rpc_server import start_server
+from cluster.inference_server import DESCRIPTOR, inference_service
+from engine.errors import Unauthenticated
+from kvtransfer.rpc_handlers import refusal
+from kvtransfer.rpc_server import RpcService, start_server
 from tests.cluster.fake_decode import FakeDecode
 from tests.cluster.serving import ANSWER, LENGTH, TOKENIZER
 from tests.cluster.serving import serving as serving_gateway
@@ -90,6 +92,59 @@ async def test_the_other_calls():
         assert token_ids == TOKENIZER.encode("the é")
         assert await client.detokenize(token_ids) == "the é"
         assert await client.detokenize([0], skip_special_tokens=False) == "<|end|>"
+
+
+async def test_a_key_goes_with_every_call():
+    seen = []
+
+    def choose(metadata):
+        seen.extend(value for name, value in metadata if name == "authorization")
+        return refusal(Unauthenticated("no", ""))
+
+    service = RpcService(DESCRIPTOR, {method.name: choose for method in DESCRIPTOR.methods})
+    server = await start_server("127.0.0.1:0", [service])
+    async with Client(server.address, api_key="the-key", timeout_s=20) as client:
+        calls = (
+            client.complete("x"),
+            client.get_model(),
+            client.tokenize("x"),
+            client.detokenize([1]),
+            client.status(),
+        )
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call
+    await server.stop()
+    assert seen == ["Bearer the-key"] * 5
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.8.8.8:1", "localhost:1", "[::1]:1", "unix:/tmp/socket"])
+async def test_a_key_may_go_to_this_machine(address):
+    async with Client(address, api_key="the-key"):
+        pass
+
+
+async def test_a_key_may_go_anywhere_encrypted():
+    async with Client("10.0.0.1:1", api_key="the-key", ca=b"certificates"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "key"),
+    [
+        ("10.0.0.1:1", "the-key"),
+        ("example.org:1", "the-key"),
+        ("[2001:db8::1]:1", "the-key"),
+        ("dns:///localhost:1", "the-key"),
+        ("127.0.0.1:1", "the-key\n"),
+        ("127.0.0.1:1", "the key"),
+        ("127.0.0.1:1", "the-kéy"),
+    ],
+)
+def test_a_key_that_cannot_be_or_would_go_out_in_clear_is_not_taken(address, key):
+    with pytest.raises(ValueError, match="key") as caught:
+        Client(address, api_key=key)
+    assert key not in str(caught.value)
 
 
 def test_it_needs_nothing_but_the_stubs():

@@ -276,7 +276,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "workers", "requests_running", "requests_waiting", "requests_finished", "requests_rejected", "router", "attainment", "attainment_ttft", "attainment_tpot", "attainment_window")
+    __slots__ = ("model", "workers", "requests_running", "requests_waiting", "requests_finished", "requests_rejected", "router", "attainment", "attainment_ttft", "attainment_tpot", "attainment_window", "requests_over_quota")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +288,7 @@ class GetStatusResponse(_message.Message):
     ATTAINMENT_TTFT_FIELD_NUMBER: _ClassVar[int]
     ATTAINMENT_TPOT_FIELD_NUMBER: _ClassVar[int]
     ATTAINMENT_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     requests_running: int
@@ -299,7 +300,8 @@ class GetStatusResponse(_message.Message):
     attainment_ttft: float
     attainment_tpot: float
     attainment_window: int
-    def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ...) -> None: ...
+    requests_over_quota: int
+    def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ..., requests_over_quota: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale", "kv_faults")

@@ -91,7 +91,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """The cluster as the gateway sees it now: workers, queues, pools.
+        """The cluster as the gateway sees it now: workers, queues, pools. For operators, where callers are told apart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ from tandem.v1 import inference_pb2 as tandem_dot_v1_dot_inference__pb2
 from tandem.v1 import kv_pb2 as tandem_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/prefill.proto\x12\ttandem.v1\x1a\x19tandem/v1/inference.proto\x1a\x12tandem/v1/kv.proto\"\xb3\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x13\n\x0bhave_tokens\x18\x05 \x01(\r\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.tandem.v1.KVLayout\x12\x0c\n\x04salt\x18\x07 \x01(\x0c\x12\x17\n\nttft_due_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\r\n\x05lease\x18\n \x01(\x04\x12\"\n\x06wanted\x18\x0b \x03(\x0b\x32\x12.tandem.v1.KVRangeB\r\n\x0b_ttft_due_s\"Y\n\x07KVRange\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r2K\n\rPrefillWorker\x12:\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x12.tandem.v1.KVFrame0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/prefill.proto\x12\ttandem.v1\x1a\x19tandem/v1/inference.proto\x1a\x12tandem/v1/kv.proto\"\xd2\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x13\n\x0bhave_tokens\x18\x05 \x01(\r\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.tandem.v1.KVLayout\x12\x0c\n\x04salt\x18\x07 \x01(\x0c\x12\x17\n\nttft_due_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\r\n\x05lease\x18\n \x01(\x04\x12\"\n\x06wanted\x18\x0b \x03(\x0b\x32\x12.tandem.v1.KVRange\x12\x0e\n\x06ticket\x18\x14 \x01(\x0c\x12\r\n\x05proof\x18\x15 \x01(\x0c\x42\r\n\x0b_ttft_due_s\"Y\n\x07KVRange\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r2K\n\rPrefillWorker\x12:\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x12.tandem.v1.KVFrame0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.prefill_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=86
-  _globals['_PREFILLREQUEST']._serialized_end=393
-  _globals['_KVRANGE']._serialized_start=395
-  _globals['_KVRANGE']._serialized_end=484
-  _globals['_PREFILLWORKER']._serialized_start=486
-  _globals['_PREFILLWORKER']._serialized_end=561
+  _globals['_PREFILLREQUEST']._serialized_end=424
+  _globals['_KVRANGE']._serialized_start=426
+  _globals['_KVRANGE']._serialized_end=515
+  _globals['_PREFILLWORKER']._serialized_start=517
+  _globals['_PREFILLWORKER']._serialized_end=592
 # @@protoc_insertion_point(module_scope)

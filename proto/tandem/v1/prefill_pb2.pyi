@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "have_tokens", "layout", "salt", "ttft_due_s", "prompt_tokens", "lease", "wanted")
+    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "have_tokens", "layout", "salt", "ttft_due_s", "prompt_tokens", "lease", "wanted", "ticket", "proof")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,8 @@ class PrefillRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_params: _inference_pb2.SamplingParams
@@ -32,7 +34,9 @@ class PrefillRequest(_message.Message):
     prompt_tokens: int
     lease: int
     wanted: _containers.RepeatedCompositeFieldContainer[KVRange]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., have_tokens: _Optional[int] = ..., layout: _Optional[_Union[_kv_pb2.KVLayout, _Mapping]] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., lease: _Optional[int] = ..., wanted: _Optional[_Iterable[_Union[KVRange, _Mapping]]] = ...) -> None: ...
+    ticket: bytes
+    proof: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., have_tokens: _Optional[int] = ..., layout: _Optional[_Union[_kv_pb2.KVLayout, _Mapping]] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., lease: _Optional[int] = ..., wanted: _Optional[_Iterable[_Union[KVRange, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class KVRange(_message.Message):
     __slots__ = ("first_token", "end_token", "first_layer", "end_layer")

@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s", "prompt_tokens", "resumed")
+    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s", "prompt_tokens", "resumed", "ticket")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class Submit(_message.Message):
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_params: _inference_pb2.SamplingParams
@@ -39,7 +40,8 @@ class Submit(_message.Message):
     tpot_s: float
     prompt_tokens: int
     resumed: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., resumed: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., resumed: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ChoiceSoFar(_message.Message):
     __slots__ = ("token_ids", "is_finished")
@@ -106,7 +108,7 @@ class Failed(_message.Message):
     def __init__(self, status_code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events", "kv_faults")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events", "kv_faults", "public_key")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +135,7 @@ class WorkerStats(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     KV_FAULTS_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -159,7 +162,8 @@ class WorkerStats(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[LinkRate]
     kv_events: KVEvents
     kv_faults: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ..., kv_faults: _Optional[int] = ...) -> None: ...
+    public_key: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ..., kv_faults: _Optional[int] = ..., public_key: _Optional[bytes] = ...) -> None: ...
 
 class LinkRate(_message.Message):
     __slots__ = ("prefill_address", "bytes_per_s")
@@ -182,11 +186,17 @@ class KVEvents(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("interval_s", "role", "kv_resync")
+    __slots__ = ("interval_s", "role", "kv_resync", "on_its_way", "ticket_key", "now_s")
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     KV_RESYNC_FIELD_NUMBER: _ClassVar[int]
+    ON_ITS_WAY_FIELD_NUMBER: _ClassVar[int]
+    TICKET_KEY_FIELD_NUMBER: _ClassVar[int]
+    NOW_S_FIELD_NUMBER: _ClassVar[int]
     interval_s: float
     role: str
     kv_resync: bool
-    def __init__(self, interval_s: _Optional[float] = ..., role: _Optional[str] = ..., kv_resync: _Optional[bool] = ...) -> None: ...
+    on_its_way: int
+    ticket_key: bytes
+    now_s: float
+    def __init__(self, interval_s: _Optional[float] = ..., role: _Optional[str] = ..., kv_resync: _Optional[bool] = ..., on_its_way: _Optional[int] = ..., ticket_key: _Optional[bytes] = ..., now_s: _Optional[float] = ...) -> None: ...

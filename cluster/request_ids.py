@@ -1,0 +1,47 @@
+"""The ids of the requests that a gateway has at the moment, by tenant: another's ids are nobody's business."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.errors import InvalidArgument
+
+
+class RequestIds:
+    """No tenant has an id twice at a time."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._taken: set[tuple[str, str]] = set()
+        self._given_back = asyncio.Event()
+
+    def new(self, tenant: str) -> str:
+        """An id that no running request of a tenant has."""
+        while (tenant, request_id := f"{self._rng.getrandbits(64):016x}") in self._taken:
+            pass
+        return request_id
+
+    @contextmanager
+    def own(self, tenant: str, request_id: str) -> Iterator[str]:
+        """Takes an id, a new one for "", until the request is over. Raises InvalidArgument for one that is taken."""
+        if (tenant, request_id) in self._taken:
+            raise InvalidArgument("request_id", request_id, "an id that no running request has")
+        request_id = request_id or self.new(tenant)
+        self._taken.add((tenant, request_id))
+        try:
+            yield request_id
+        finally:
+            self._taken.remove((tenant, request_id))
+            self._given_back.set()
+
+    async def until_none(self) -> None:
+        """Until no request is left."""
+        while self._taken:
+            self._given_back.clear()
+            await self._given_back.wait()
+
+    def check_empty(self) -> None:
+        assert not self._taken, f"requests still run: {sorted(self._taken)}"
