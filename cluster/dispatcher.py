@@ -29,11 +29,12 @@ BATCH = 32
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """One request that waits. `give_up_s`: until when it waits for a worker that is not there. `until_s` and `for_all`
-    are those of its last Defer."""
+    """One request that waits. `wait_s`: how long for a worker where there is none, `give_up_s`: until when. `until_s`
+    and `for_all` are those of its last Defer."""
 
     query: RouteQuery
     booked: asyncio.Future[Booking]
+    wait_s: float
     give_up_s: float
     until_s: float
     for_all: bool
@@ -42,14 +43,11 @@ class _Waiter:
 class Dispatcher:
     """Places requests on workers. `news` is to be called whenever a worker's load may have become less."""
 
-    def __init__(
-        self, view: ClusterView, router: Router, ledger: Ledger, rng: random.Random, route_wait_s: float, lead_s: float
-    ) -> None:
+    def __init__(self, view: ClusterView, router: Router, ledger: Ledger, rng: random.Random, lead_s: float) -> None:
         self._view = view
         self._router = router
         self._ledger = ledger
         self._rng = rng
-        self._route_wait_s = route_wait_s
         self._lead_s = lead_s
         self._waiters: dict[int, _Waiter] = {}
         self._tickets = count()
@@ -61,11 +59,11 @@ class Dispatcher:
         self._all_are_busy = False
         self._closed: TandemError | None = None
 
-    async def place(self, query: RouteQuery, deadline_s: float | None) -> Booking:
+    async def place(self, query: RouteQuery, deadline_s: float | None, wait_s: float) -> Booking:
         """Books the request on a route. Whoever calls this ends the booking.
 
         Raises InvalidArgument for what no worker could take, Overloaded for what is refused, Unavailable when no worker
-        came within `route_wait_s`, DeadlineExceeded at `deadline_s`, and what `close` was given.
+        came within `wait_s`, DeadlineExceeded at `deadline_s`, and what `close` was given.
         """
         if self._closed is not None:
             raise self._closed
@@ -78,7 +76,7 @@ class Dispatcher:
             raise _error(answer)
         # Without a worker nothing was promised.
         query = _promised(query, answer) if math.isfinite(answer.until_s) else query
-        return await self._wait(query, answer, deadline_s, now)
+        return await self._wait(query, answer, deadline_s, wait_s, now)
 
     def news(self) -> None:
         """Something has changed at a worker."""
@@ -100,10 +98,12 @@ class Dispatcher:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _wait(self, query: RouteQuery, defer: Defer, deadline_s: float | None, now: float) -> Booking:
+    async def _wait(
+        self, query: RouteQuery, defer: Defer, deadline_s: float | None, wait_s: float, now: float
+    ) -> Booking:
         ticket = next(self._tickets)
         booked: asyncio.Future[Booking] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(query, booked, now + self._route_wait_s, defer.until_s, defer.for_all)
+        waiter = _Waiter(query, booked, wait_s, now + wait_s, defer.until_s, defer.for_all)
         self._waiters[ticket] = waiter
         self._view.waiting.enter(ticket, defer.latest_start_s, defer.work_s)
         self._all_are_busy = self._all_are_busy or defer.for_all
@@ -179,9 +179,9 @@ class Dispatcher:
             if waiter.until_s < math.inf:
                 # There was one when it was asked for last.
                 waiter.until_s, waiter.for_all = math.inf, False
-                waiter.give_up_s = now + self._route_wait_s
+                waiter.give_up_s = now + waiter.wait_s
             if now >= waiter.give_up_s:
-                self._settle(ticket, Unavailable(f"{reason}; waited {self._route_wait_s:g} s for one"))
+                self._settle(ticket, Unavailable(f"{reason}; waited {waiter.wait_s:g} s for one"))
             else:
                 next_s = min(next_s, waiter.give_up_s)
         return next_s

@@ -92,9 +92,7 @@ class Gateway:
         self._breakers = Breakers(self.view, rng, failures.shun_s, failures.max_shun_s, lambda: self._dispatcher.news())
         self._failures = Failures(failures, self.view, self._breakers, links, rng)
         self._ledger = Ledger(self.view, self.router, self._breakers)
-        self._dispatcher = Dispatcher(
-            self.view, self.router, self._ledger, rng, config.route_wait_s, config.router.lead_s
-        )
+        self._dispatcher = Dispatcher(self.view, self.router, self._ledger, rng, config.router.lead_s)
         self._request_ids = RequestIds(rng)
         self._is_draining = False
 
@@ -112,7 +110,9 @@ class Gateway:
             with self._request_ids.own(request.tenant, request.request_id) as request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:
                     while not run.is_over:
-                        booking = await self._dispatcher.place(run.query(), run.deadline_s)
+                        # What a worker has had is worth more waiting than what can be told to come again.
+                        wait_s = self._config.route_wait_s if run.booking is None else self._config.failures.wait_s
+                        booking = await self._dispatcher.place(run.query(), run.deadline_s, wait_s)
                         failure: TandemError | None = None
                         try:
                             async with aclosing(self._attempt(run, booking, request_id, place)) as chunks:

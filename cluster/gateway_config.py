@@ -116,6 +116,13 @@ class FailureConfig(BaseModel):
         "retry: only while none was; fail: the client is told.",
     )
     max_attempts: int = Field(default=5, ge=1, description="How often one request is handed to workers at most.")
+    wait_s: float = Field(
+        default=60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long a request that a worker has had waits for another, where there is none. Others wait for "
+        "gateway.route_wait_s.",
+    )
     backoff_s: float = Field(
         default=0.05,
         ge=0,
@@ -169,7 +176,10 @@ class GatewayConfig(BaseModel):
         description="How long a client may keep its answer waiting in all, beyond 1 s per KiB of it.",
     )
     route_wait_s: float = Field(
-        default=10.0, ge=0, allow_inf_nan=False, description="How long a request waits for a worker when there is none."
+        default=10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long a new request waits for a worker when there is none.",
     )
     heartbeat_interval_s: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="How often workers are asked to report."

@@ -46,7 +46,7 @@ class Scripted:
 def dispatcher_of(router: Scripted) -> tuple[Dispatcher, Ledger]:
     view = Bench().view
     ledger = Ledger(view, router, Breakers(view, random.Random(0), 0.5, 8.0, lambda: None))
-    return Dispatcher(view, router, ledger, random.Random(0), WAIT_S, 0.1), ledger
+    return Dispatcher(view, router, ledger, random.Random(0), 0.1), ledger
 
 
 def route() -> Route:
@@ -67,7 +67,7 @@ async def test_a_long_room_is_asked_through_and_nobody_twice_before_the_time() -
 
     router = Scripted(answer)
     dispatcher, ledger = dispatcher_of(router)
-    tasks = [asyncio.create_task(dispatcher.place(query(arrived_s=float(n)), None)) for n in range(count)]
+    tasks = [asyncio.create_task(dispatcher.place(query(arrived_s=float(n)), None, WAIT_S)) for n in range(count)]
     for _ in range(20):
         await asyncio.sleep(0.3)
         dispatcher.news()
@@ -84,7 +84,7 @@ async def test_without_a_worker_all_give_up_after_their_time_and_one_question_a_
     router = Scripted(lambda query, now: Defer("no prefill worker is available"))
     dispatcher, _ = dispatcher_of(router)
     count = 2 * BATCH
-    tasks = [asyncio.create_task(dispatcher.place(query(), None)) for _ in range(count)]
+    tasks = [asyncio.create_task(dispatcher.place(query(), None, WAIT_S)) for _ in range(count)]
     await asyncio.sleep(0)
     for _ in range(10):
         dispatcher.news()
@@ -113,11 +113,11 @@ async def test_the_order_follows_the_last_answer_and_nothing_was_promised_withou
 
     router = Scripted(answer)
     dispatcher, ledger = dispatcher_of(router)
-    early = [asyncio.create_task(dispatcher.place(query(arrived_s=float(n)), None)) for n in range(3)]
+    early = [asyncio.create_task(dispatcher.place(query(arrived_s=float(n)), None, WAIT_S)) for n in range(3)]
     await asyncio.sleep(0.1)
     assert promised == {0.0: False, 1.0: False, 2.0: False}
     phase = "busy"
-    late = asyncio.create_task(dispatcher.place(query(arrived_s=9.0), None))
+    late = asyncio.create_task(dispatcher.place(query(arrived_s=9.0), None, WAIT_S))
     await asyncio.sleep(0)
     dispatcher.news()
     await asyncio.sleep(0.1)

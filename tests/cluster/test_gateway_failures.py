@@ -29,6 +29,7 @@ from tests.cluster.serving import (
     CONFIG,
     LENGTH,
     REQUEST,
+    STATS,
     TO_THE_END,
     TOKENIZER,
     collect,
@@ -61,6 +62,27 @@ async def test_why_a_request_was_tried_again_is_in_the_log(caplog: pytest.LogCap
             await task
     [record] = caplog.records
     assert record.message.startswith(f"r: p, {first[:2]}: lost the decode worker at {first}: connection reset; retry 1")
+
+
+@pytest.mark.parametrize("gone_s", [20.0, 100.0])
+@on_virtual_time
+async def test_a_request_that_has_begun_waits_longer_for_a_worker_than_a_new_one(gone_s: float) -> None:
+    fake = FakeDecode(ANSWER)
+    config = CONFIG.model_copy(update={"default_deadline_s": None})
+    async with serving(fake, config=config) as gateway:
+        task = start(gateway, "r", params=TO_THE_END.params)
+        await asyncio.sleep(2.5 * STEP_S)
+        gateway.heartbeat(report("d", stats=replace(STATS, draining=True)))
+        fake.break_link("d:1", LOST)
+        with pytest.raises(Unavailable, match="no decode worker is available; waited 5 s"):
+            await collect(gateway, replace(REQUEST, request_id="new"))
+        await asyncio.sleep(gone_s)
+        if gone_s > FailureConfig().wait_s:
+            with pytest.raises(Unavailable, match="waited 60 s"):
+                await task
+        gateway.heartbeat(report("d", incarnation=2))
+        if gone_s < FailureConfig().wait_s:
+            assert text_of(await task) == "One, two, three."
 
 
 @pytest.mark.parametrize("after", [0.5, 1.5, 2.5, 5.5, LENGTH + 0.5])

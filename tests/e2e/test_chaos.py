@@ -20,10 +20,10 @@ from tests.tiny_models import CONFIGS, save_model
 CONFIG = """
 engine: {kv_cache_bytes: 67108864, threads: 1}
 gateway: {heartbeat_interval_s: 0.2, fresh_s: 1.5, expire_s: 5}
-cluster: {lease_s: 6}
+cluster: {lease_s: 4}
 """
 PLAN = """
-seconds: 31
+seconds: 22
 streams: 4
 prompts: 4
 prompt_tokens: 60
@@ -31,8 +31,8 @@ answer_tokens: 24
 faults:
   - {kind: kill, target: decode-0, at_s: 1}
   - {kind: kill, target: prefill-0, at_s: 2}
-  - {kind: stop, target: decode-1, at_s: 9, for_s: 9}
-  - {kind: partition, target: prefill-1, at_s: 20, for_s: 9}
+  - {kind: stop, target: decode-1, at_s: 8, for_s: 6}
+  - {kind: partition, target: prefill-1, at_s: 15, for_s: 6}
 """
 # Many small frames, all of which travel: nothing is kept in a prefix cache, or computed where it is decoded.
 TINY_CONFIG = """
