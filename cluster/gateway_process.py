@@ -26,6 +26,7 @@ from cluster.links import DecodeLinks
 from cluster.registry import Registry
 from cluster.registry_server import registry_service
 from cluster.routing.costs import RoleCosts
+from cluster.security.clear_text import warn_of_clear_text
 from cluster.security.clients import Clients
 from cluster.security.identity import read_certs
 from cluster.security.names import WORKER_NAME
@@ -84,6 +85,7 @@ async def running_gateway(
     prefill_cost, decode_cost = role_cost(config, files, "prefill"), role_cost(config, files, "decode")
     limits = config.gateway
     clients = Clients(limits.auth) if limits.auth.is_required else None
+    warn_of_clear_text(config, host)
     salts = tenant_salts(limits.auth.salt_file) if clients is not None else None
     registry = Registry(limits.fresh_s, limits.expire_s)
     keepalive = KeepAlive.within(config.cluster.lease_s)
