@@ -23,6 +23,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := kernels engine kvtransfer prefill_worker decode_worker cluster bench tests
 TORCH := torch==2.13.0
+ALONE := tests/e2e tests/sim tests/bench tests/golden
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
@@ -48,8 +49,11 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	@$(BIN)/tandem serve $(SERVE_FLAGS)
 
+# What starts processes or takes every core by itself runs alone, or it would measure its neighbours.
 test: check model
-	$(BIN)/python -m pytest -m "not nightly and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not nightly and not gpu" -n auto --maxprocesses 4 --dist loadfile $(ALONE:%=--ignore %) \
+	  $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not nightly and not gpu" $(ALONE) $(PYTEST_FLAGS)
 
 test-nightly: check model
 	TANDEM_TEST_PROFILE=nightly $(BIN)/python -m pytest -m "not gpu" --timeout 3600 $(PYTEST_FLAGS)
