@@ -198,25 +198,25 @@ def _sampled(token_id: Any, logprob: Any, top: Any) -> Sampled:  # noqa: ANN401 
     return Sampled(_count(token_id), _float(logprob), tuple((_count(other), _float(value)) for other, value in top))
 
 
-def _count(value: Any) -> int:  # noqa: ANN401
-    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_COUNT:
         raise ValueError(f"{value!r:.32} is no count")
     return value
 
 
-def _number(value: Any) -> float:  # noqa: ANN401
+def _number(value: object) -> float:
     if not math.isfinite(number := _float(value)):
         raise ValueError(f"{number} is no number of seconds")
     return number
 
 
-def _float(value: Any) -> float:  # noqa: ANN401
-    if type(value) not in (int, float):
+def _float(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{value!r:.32} is no number")
     return float(value)
 
 
-def _text(value: Any) -> str:  # noqa: ANN401
-    if type(value) is not str or len(value) > MAX_TEXT_CHARS:
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_CHARS:
         raise ValueError(f"{value!r:.32} is no name")
     return value
