@@ -18,7 +18,6 @@ from cluster.gateway import Gateway
 from cluster.gateway_config import FailureConfig, GatewayConfig
 from cluster.heartbeat import report_forever
 from cluster.kv_reporter import KVReporter
-from cluster.planning import virtual_loop
 from cluster.registry import HeartbeatReply, Role, WorkerReport
 from decode_worker.stream import DecodeService
 from decode_worker.worker import DecodeWorker
@@ -28,6 +27,7 @@ from kvtransfer.frames import Frame
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.worker import PrefillWorker
+from tests.sim.one_run import to_its_end
 from tests.sim.traffic import Client
 from tests.sim.world import FREED_WITHIN_S, MODEL, WatchedRunner, World
 
@@ -262,20 +262,8 @@ class FaultWorld(World):
 
 def simulate(seed: int, requests: int, rate_s: float | None = None) -> FaultWorld:
     """Runs one seed to its end and checks everything; every failure says which seed it was."""
-    world: FaultWorld | None = None
-
-    async def run() -> None:
-        nonlocal world
-        world = FaultWorld(seed, requests, rate_s)
-        await world.run()
-
-    try:
-        virtual_loop.run(run())
-        assert world is not None
-        world.check_clients()
-    except BaseException as error:
-        error.add_note(f"seed {seed}, {requests} requests, rate {rate_s}")
-        if world is not None:
-            error.add_note(f"{world.shape}, {world.routing}, {world.faults}")
-        raise
-    return world
+    return to_its_end(
+        lambda: FaultWorld(seed, requests, rate_s),
+        f"seed {seed}, {requests} requests, rate {rate_s}",
+        lambda world: f"{world.shape}, {world.routing}, {world.faults}",
+    )

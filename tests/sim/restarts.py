@@ -17,7 +17,6 @@ from cluster.flexible_worker import FlexibleWorker
 from cluster.gateway import Gateway
 from cluster.gateway_config import GatewayConfig
 from cluster.heartbeat import report_forever
-from cluster.planning import virtual_loop
 from cluster.registry import HeartbeatReply, Role, WorkerReport
 from cluster.reporter import Reporter
 from cluster.step_watch import watch_steps
@@ -28,6 +27,7 @@ from engine.pulse import Pulse
 from kvtransfer.memory import MemoryPrefillTransport
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
+from tests.sim.one_run import to_its_end
 from tests.sim.traffic import EOS, MAX_CONTEXT
 from tests.sim.world import MODEL, NUM_LAYERS, WatchedRunner, World
 
@@ -217,20 +217,8 @@ class RestartingWorld(World):
 
 def simulate(seed: int, requests: int, rate_s: float | None = None, drain_s: float | None = None) -> RestartingWorld:
     """Runs one seed to its end and checks everything; every failure says which seed it was."""
-    world: RestartingWorld | None = None
-
-    async def run() -> None:
-        nonlocal world
-        world = RestartingWorld(seed, requests, rate_s, drain_s)
-        await world.run()
-
-    try:
-        virtual_loop.run(run())
-        assert world is not None
-        world.check_clients()
-    except BaseException as error:
-        error.add_note(f"seed {seed}, {requests} requests, rate {rate_s}")
-        if world is not None:
-            error.add_note(f"{world.shape}, {world.routing}, drain_s {world.drain_s}, canary_s {world.canary_s}")
-        raise
-    return world
+    return to_its_end(
+        lambda: RestartingWorld(seed, requests, rate_s, drain_s),
+        f"seed {seed}, {requests} requests, rate {rate_s}",
+        lambda world: f"{world.shape}, {world.routing}, drain_s {world.drain_s}, canary_s {world.canary_s}",
+    )
