@@ -5,6 +5,7 @@ Nothing of it need be picklable, a cost model for instance; only its arguments a
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +36,8 @@ def forked(
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
+    # What the parent had thrown away is not collected here as well: gRPC's objects crash where their threads are not.
+    gc.freeze()
     global _function
     _function = function
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -35,3 +36,33 @@ def test_it_ends_in_a_process_that_survives_sigterm() -> None:
 def test_what_goes_wrong_there_goes_wrong_here() -> None:
     with pytest.raises(ZeroDivisionError), forked(lambda number: 1 // number, 2) as each:
         list(each([1, 0]))
+
+
+class _Garbage:
+    """Is only ever collected, never let go: it holds itself."""
+
+    collected = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        _Garbage.collected += 1
+
+
+def _collected_there(_: int) -> int:
+    gc.collect()
+    return _Garbage.collected
+
+
+def test_what_was_thrown_away_before_is_not_collected_there() -> None:
+    """Channels and servers of gRPC crash a process that they were not made in."""
+    gc.disable()
+    try:
+        _Garbage()
+        with forked(_collected_there, 1) as each:
+            assert list(each([1])) == [0]
+    finally:
+        gc.enable()
+        gc.collect()
+    assert _Garbage.collected == 1

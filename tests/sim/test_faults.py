@@ -21,6 +21,7 @@ def _simulate(seed: int) -> None:
     simulate(seed, requests=35)
 
 
+@pytest.mark.timeout(1200)  # Two minutes on two free cores.
 def test_five_hundred_seeds():
     simulate_all(range(500))
 
