@@ -103,7 +103,8 @@ class TicketCheck:
         gateway_now_s = now + self._ahead_s
         if (ticket.prefill_worker, ticket.incarnation) != self._worker:
             raise PermissionDenied("the ticket is for another worker")
-        if gateway_now_s > ticket.expires_s + SLACK_S:
+        # Not the other way round: a time that is no number has passed.
+        if not gateway_now_s <= ticket.expires_s + SLACK_S:
             raise PermissionDenied("the ticket has expired")
         if ticket.request_id != call.request_id or ticket.digest != digest_of(call.token_ids, call.salt):
             raise PermissionDenied("the ticket is for another request")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -90,6 +90,13 @@ def test_a_ticket_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch,
     cluster = Cluster()
     monkeypatch.setattr(tickets, "astuple", lambda ticket: fields)
     with pytest.raises(PermissionDenied, match="of a kind that this worker does not know"):
+        cluster.admit(call_of(SUBMIT, cluster.ticket(SUBMIT)))
+
+
+def test_a_ticket_without_a_time_has_expired(monkeypatch: pytest.MonkeyPatch):
+    cluster = Cluster()
+    monkeypatch.setattr(tickets, "astuple", lambda ticket: (*astuple(ticket)[:-1], float("nan")))
+    with pytest.raises(PermissionDenied, match="has expired"):
         cluster.admit(call_of(SUBMIT, cluster.ticket(SUBMIT)))
 
 
