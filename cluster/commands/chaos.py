@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from pathlib import Path
 
 from rich.console import Console
-from tandem.client import Client
 
 from cluster.calls import service_errors
 from cluster.chaos.clients import references
@@ -16,17 +16,18 @@ from cluster.chaos.faults import Injector
 from cluster.chaos.load import load_while
 from cluster.chaos.plan import ChaosPlan, Clock, OfLinks
 from cluster.chaos.report import ChaosReport, make_report
+from cluster.client_access import read_access
 from cluster.config import TandemConfig
 from cluster.progress import Progress
 from cluster.worker_spec import worker_names
 
 
-async def chaos(config: TandemConfig, plan: ChaosPlan, *, as_json: bool) -> bool:
+async def chaos(config: TandemConfig, plan: ChaosPlan, api_key_file: Path | None, *, as_json: bool) -> bool:
     """Prints the report; returns whether all is as it should be. Raises TandemErrors for what cannot be started."""
     console = Console(highlight=False, stderr=as_json)
     has_relay, is_warped = plan.has(OfLinks), plan.has(Clock)
     async with running_cluster(config, Progress(console), has_relay=has_relay, is_warped=is_warped) as cluster:
-        report = await _run(cluster, config, plan, console)
+        report = await _run(cluster, config, plan, api_key_file, console)
     if as_json:
         print(json.dumps(report.as_json()))
     else:
@@ -35,12 +36,14 @@ async def chaos(config: TandemConfig, plan: ChaosPlan, *, as_json: bool) -> bool
     return report.is_clean
 
 
-async def _run(cluster: ChaosCluster, config: TandemConfig, plan: ChaosPlan, console: Console) -> ChaosReport:
+async def _run(
+    cluster: ChaosCluster, config: TandemConfig, plan: ChaosPlan, api_key_file: Path | None, console: Console
+) -> ChaosReport:
     url, observer = cluster.service.address, cluster.observer
     names = [worker_id for _, worker_id in worker_names(config.cluster)]
     certs = config.security.client_certs
-    ca = None if certs is None else (certs / "ca.crt").read_bytes()
-    async with service_errors(url), Client(url, ca=ca) as client:
+    access = read_access(api_key_file, None if certs is None else certs / "ca.crt", url)
+    async with service_errors(url), access.client(url) as client:
         console.print(f"asking {plan.prompts} prompts without faults")
         known = await references(client, plan.prompts, plan.prompt_tokens, plan.answer_tokens, plan.seed)
         console.print(f"{plan.streams} streams and faults for {plan.seconds:g} s")

@@ -28,6 +28,12 @@ def chaos_command() -> Callable[..., None]:
         ] = None,
         prefill: Annotated[int, typer.Option("--prefill", metavar="N", help="Number of prefill workers.")] = 2,
         decode: Annotated[int, typer.Option("--decode", metavar="N", help="Number of decode workers.")] = 2,
+        api_key_file: Annotated[
+            Path | None,
+            typer.Option(
+                "--api-key-file", metavar="F", help="Where gateway.auth is set: a file with an operator's key."
+            ),
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     ) -> None:
         """Runs a local cluster under load, with faults on its workers and links, and reports what clients saw. Exit
@@ -47,7 +53,7 @@ def chaos_command() -> Callable[..., None]:
             read = read.model_copy(update={"seconds": seconds})
         # Workers that are killed on purpose are started again however often that is.
         cluster = loaded.cluster.model_copy(update={"max_restarts": 1_000_000})
-        if not run(disturb(loaded.model_copy(update={"cluster": cluster}), read, as_json=as_json)):
+        if not run(disturb(loaded.model_copy(update={"cluster": cluster}), read, api_key_file, as_json=as_json)):
             raise typer.Exit(1)
 
     return chaos

@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from cluster.loadtest.prompts import WORDS
+from cluster.security.api_keys import new_key
 from cluster.security.certs import make_certs
 from tests.e2e.service import tandem
 from tests.golden.default_model import require_default_model
@@ -38,7 +39,11 @@ faults:
 TINY_CONFIG = """
 engine: {model: MODEL, kv_cache_bytes: 4194304, threads: 1, prefix_cache: false}
 prefill: {max_frame_bytes: 4096}
-gateway: {heartbeat_interval_s: 0.2, fresh_s: 1.5, router: {policy: least_loaded}}
+gateway:
+  heartbeat_interval_s: 0.2
+  fresh_s: 1.5
+  router: {policy: least_loaded}
+  auth: {keys_file: CERTS/keys, operators: [ops]}
 security: {gateway_certs: CERTS/gateway, worker_certs: CERTS/worker, client_certs: CERTS/clients}
 """
 TINY_PLAN = """
@@ -58,12 +63,12 @@ faults:
 """
 
 
-def run_chaos(folder: Path, config: str, plan: str) -> dict[str, Any]:
+def run_chaos(folder: Path, config: str, plan: str, *flags: str) -> dict[str, Any]:
     """The report of a run in which all is as it should be."""
     (folder / "config.yaml").write_text(config)
     (folder / "plan.yaml").write_text(plan)
     files = ("--config", str(folder / "config.yaml"), "--plan", str(folder / "plan.yaml"))
-    result = tandem("chaos", *files, "--json", timeout_s=500)
+    result = tandem("chaos", *files, *flags, "--json", timeout_s=500)
     assert result.returncode == 0, result.stdout + result.stderr
     report: dict[str, Any] = json.loads(result.stdout)
     assert report["clean"]
@@ -84,7 +89,7 @@ def test_requests_outlive_workers_that_are_killed_frozen_and_cut_off(tmp_path: P
 
 @pytest.mark.timeout(600)
 def test_nobody_notices_damage_slow_links_and_wrong_clocks(tmp_path: Path) -> None:
-    """With certificates everywhere: what passes the links cannot be read there."""
+    """With certificates everywhere, and keys: what passes the links cannot be read there."""
     make_certs(tmp_path / "certs", ["localhost", "127.0.0.1"], days=1)
     folder = save_model("llama", tmp_path / "model")
     words = ["<unk>", *WORDS][: CONFIGS["llama"].vocab_size]
@@ -92,7 +97,9 @@ def test_nobody_notices_damage_slow_links_and_wrong_clocks(tmp_path: Path) -> No
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = TINY_CONFIG.replace("MODEL", str(folder)).replace("CERTS", str(tmp_path / "certs"))
-    report = run_chaos(tmp_path, config, TINY_PLAN)
+    key = tmp_path / "key"
+    key.write_text(new_key("ops", tmp_path / "certs" / "keys"))
+    report = run_chaos(tmp_path, config, TINY_PLAN, "--api-key-file", str(key))
     assert report["faults"] == {"corrupt": 2, "slow": 2, "clock": 3}
     assert 10 < report["flips"] - report["unread"] <= report["kv_faults"] <= report["flips"]
     assert report["longest_pause_s"] >= 0.04, "a link was slow both ways"
