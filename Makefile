@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := kernels engine kvtransfer prefill_worker decode_worker cluster bench tests
 TORCH := torch==2.13.0
-ALONE := tests/e2e tests/sim tests/bench tests/golden
+ALONE := tests/sim tests/e2e tests/bench tests/golden
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
