@@ -18,6 +18,8 @@ MAX_KV_NAMES = NOTES_LIMIT
 LARGEST_BLOCK = 4096
 # Far beyond any worker's: requests, tokens, seconds, and per second.
 REQUESTS, TOKENS, SECONDS, PER_S = 1 << 20, 1 << 34, 1e6, 1e12
+# Of what is divided by: anything slower takes for ever, and the time that it takes is no number any more.
+SLOWEST_PER_S = 1e-3
 LARGEST = {
     "running": REQUESTS,
     "waiting": REQUESTS,
@@ -25,7 +27,6 @@ LARGEST = {
     "context_tokens": TOKENS,
     "queued_s": SECONDS,
     "decode_step_s": SECONDS,
-    "prefill_tokens_per_s": PER_S,
     "cost_error_median": PER_S,
     "cost_error_p90": PER_S,
 }
@@ -48,6 +49,7 @@ def check_stats(stats: LoopStats) -> None:
         _check_number(name, getattr(stats, name), 0, stats.blocks_total)
     for name, largest in LARGEST.items():
         _check_number(name, getattr(stats, name), 0, largest)
+    _check_rate("prefill_tokens_per_s", stats.prefill_tokens_per_s)
     for name in ("prefill_scale", "decode_scale"):
         _check_number(name, getattr(stats, name), 1 / SCALE, SCALE)
 
@@ -57,12 +59,18 @@ def check_links(links: Sequence[tuple[str, float]]) -> None:
         raise InvalidArgument("links", f"{len(links)} links", f"at most {MAX_LINKS}")
     for address, rate in links:
         check_name("links.prefill_address", address)
-        _check_number("links.bytes_per_s", rate, 0, PER_S)
+        _check_rate("links.bytes_per_s", rate)
 
 
 def check_kv_names(count: int) -> None:
     if count > MAX_KV_NAMES:
         raise InvalidArgument("kv_events", f"{count} names", f"at most {MAX_KV_NAMES} in a report")
+
+
+def _check_rate(field: str, value: float) -> None:
+    # 0 where nothing was measured yet.
+    if value != 0:
+        _check_number(field, value, SLOWEST_PER_S, PER_S)
 
 
 def _check_number(field: str, value: float, least: float, largest: float) -> None:

@@ -30,6 +30,7 @@ LIES = {
     "nan": ({"queued_s": float("nan")}, "queued_s: got nan"),
     "infinite": ({"decode_step_s": float("inf")}, "decode_step_s: got inf"),
     "negative": ({"prefill_tokens_per_s": -1.0}, "prefill_tokens_per_s: got -1.0"),
+    "slower than anything": ({"prefill_tokens_per_s": 5e-324}, "prefill_tokens_per_s: got 5e-324"),
     "absurd": ({"context_tokens": (1 << 64) - 1}, "context_tokens"),
     "more free than there are": ({"blocks_free": 1025}, "blocks_free"),
     "from the future": ({"incarnation": (1 << 64) - 1}, "incarnation"),

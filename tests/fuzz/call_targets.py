@@ -28,7 +28,7 @@ from engine.emulated_runner import EmulatedRunner
 from engine.errors import CorruptFrame, TandemError, Unavailable
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
-from tests.cluster.serving import CONFIG, MODEL, report
+from tests.cluster.serving import CONFIG, MODEL, STATS, report
 from tests.engine.tiny_tokenizers import build, byte_level_metadata
 from tests.fuzz.kv_targets import GREEDY, LAYOUT, no_cost, on_virtual_time
 from tests.fuzz.target import Target, joined, pieces
@@ -184,7 +184,9 @@ async def _heard(messages: Sequence[worker_pb2.WorkerStats]) -> None:
 
 def _reports() -> Sequence[bytes]:
     events = KVEvents(1, True, (1, 2), (3,))
-    reports = [report("d", incarnation=2, links=(("p:1", 1e6),), kv_events=events), report("p"), report("d-2")]
+    measured = replace(STATS, prefill_tokens_per_s=100.0, decode_step_s=0.05, queued_s=0.5, prefill_scale=2.0)
+    links = (("p:1", 1e6),)
+    reports = [report("d", incarnation=2, links=links, kv_events=events), report("p", stats=measured), report("d-2")]
     return [joined(*(report_to_proto(each).SerializeToString() for each in reports))]
 
 

@@ -141,9 +141,12 @@ async def _pulled(arrivals: Sequence[Arrival]) -> None:
 
 
 def on_virtual_time(test: Callable[..., object], *arguments: object) -> None:
-    """Runs it to its end, however many seconds it waits for."""
+    """Runs it to its end, however many seconds it waits for. What a task of its own dies of counts as well."""
+    unseen: list[object] = []
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.get_loop().set_exception_handler(lambda loop, context: unseen.append(context))
         runner.run(test(*arguments))
+    assert not unseen, f"nobody looked at what a task died of: {unseen[0]}"
 
 
 # ── a call ───────────────────────────────────────────────────────────────────────────────────────────────────────────
