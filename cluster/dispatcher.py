@@ -53,7 +53,8 @@ class Dispatcher:
         self._tickets = count()
         # Those that are still to be asked for in this round.
         self._round: deque[int] = deque()
-        self._timer: asyncio.TimerHandle | None = None
+        # With the time that it is set for: uvloop's handles for what is due at once cannot say.
+        self._timer: tuple[float, asyncio.TimerHandle] | None = None
         self._is_called = False
         # True while those in front wait for any worker at all to become free.
         self._all_are_busy = False
@@ -207,7 +208,7 @@ class Dispatcher:
         if not self._waiters:
             self._all_are_busy = False
             if self._timer is not None:
-                self._timer.cancel()
+                self._timer[1].cancel()
                 self._timer = None
 
     def _arm(self, when_s: float, now: float) -> None:
@@ -215,10 +216,12 @@ class Dispatcher:
         if not self._waiters or math.isinf(when_s):
             return
         if self._timer is not None:
-            if self._timer.when() <= when_s:
+            set_for_s, handle = self._timer
+            if set_for_s <= when_s:
                 return
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(max(when_s, now), self._ring)
+            handle.cancel()
+        when_s = max(when_s, now)
+        self._timer = when_s, asyncio.get_running_loop().call_at(when_s, self._ring)
 
     def _ring(self) -> None:
         self._timer = None

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from cluster.breakers import Breakers
 from cluster.dispatcher import BATCH, Dispatcher
@@ -131,3 +132,24 @@ async def test_the_order_follows_the_last_answer_and_nothing_was_promised_withou
     for booking in bookings:
         ledger.end(booking, 0.0)
     assert math.isinf(Defer("").until_s)
+
+
+def test_who_is_to_be_asked_again_at_once_is_asked_on_uvloop_too() -> None:
+    """Its handles for what is due at once do not know for when they are."""
+
+    async def main() -> None:
+        asked = 0
+
+        def answer(query: RouteQuery, now: float) -> Answer:
+            nonlocal asked
+            asked += 1
+            return route() if asked > 2 else Defer("others would miss", 0.0, 0.0, 1.0)
+
+        dispatcher, ledger = dispatcher_of(Scripted(answer))
+        bookings = await asyncio.gather(*(dispatcher.place(query(), None, WAIT_S) for _ in range(2)))
+        for booking in bookings:
+            ledger.end(booking, 0.0)
+        dispatcher.check_empty()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 5.0))
