@@ -49,8 +49,9 @@ def vllm_server(python: str, script: Path, mode: str, model: str, port: int, ext
 
 
 @asynccontextmanager
-async def running(server: Server) -> AsyncIterator[str]:
-    """Yields the server's address. Raises ArmFailed when it ends before it is ready, or is not ready in time."""
+async def running(server: Server, log: Path | None = None) -> AsyncIterator[str]:
+    """Yields the server's address. What it says after that goes into `log`, or nowhere. Raises ArmFailed when it ends
+    before it is ready, or is not ready in time."""
     process = await asyncio.create_subprocess_exec(
         *server.command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -65,7 +66,7 @@ async def running(server: Server) -> AsyncIterator[str]:
     try:
         address = await _address(process, server)
         # A full pipe would stop the server.
-        reader = asyncio.create_task(_drain(process))
+        reader = asyncio.create_task(_drain(process, log))
         yield address
     finally:
         await _stop(process)
@@ -86,10 +87,12 @@ async def _address(process: asyncio.subprocess.Process, server: Server) -> str:
     raise ArmFailed(f"{server.command} was not ready after {server.start_timeout_s:g} s:\n{''.join(last)}")
 
 
-async def _drain(process: asyncio.subprocess.Process) -> None:
+async def _drain(process: asyncio.subprocess.Process, log: Path | None) -> None:
     assert process.stdout is not None
-    while await process.stdout.read(1 << 16):
-        pass
+    with open(log or os.devnull, "ab") as kept:  # noqa: ASYNC230 - a line now and then
+        while said := await process.stdout.read(1 << 16):
+            kept.write(said)
+            kept.flush()
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

@@ -188,11 +188,12 @@ async def main() -> None:
     parser.add_argument("--rest-every", type=float, default=120.0, help="seconds between two looks")
     parser.add_argument("--prefill", type=int, default=1)
     parser.add_argument("--decode", type=int, default=1)
+    parser.add_argument("--log", type=Path, default=None, help="keeps what the service says there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "tandem.yaml"
         config.write_text(CONFIG.format(kv_bytes=64 << 20, prefill=arguments.prefill, decode=arguments.decode))
-        async with running(tandem_server(config)) as address:
+        async with running(tandem_server(config), arguments.log) as address:
             load, readings = await soak(address, arguments.hours, arguments.streams, arguments.rest_every)
     print("\n".join(table(readings, arguments.hours)))
     print(", ".join(f"{name} {count}" for name, count in sorted(load.ended.items())))
