@@ -26,7 +26,6 @@ from cluster.chaos.plan import POOLS
 CHUNK_BYTES = 64 << 10
 # Of one connection and direction, beside the buffers of the sockets.
 CHUNKS_UNDER_WAY = 64
-HEAD_BYTES_MAX = 16 << 10
 ACCEPTED = b"HTTP/1.1 200 OK\r\n\r\n"
 NOBODY_THERE = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
 

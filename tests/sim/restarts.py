@@ -20,12 +20,10 @@ from cluster.heartbeat import report_forever
 from cluster.registry import HeartbeatReply, Role, WorkerReport
 from cluster.reporter import Reporter
 from cluster.step_watch import watch_steps
-from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.batch import KVLayout
 from engine.pulse import Pulse
 from kvtransfer.memory import MemoryPrefillTransport
-from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
 from tests.sim.one_run import to_its_end
 from tests.sim.traffic import EOS, MAX_CONTEXT
@@ -140,9 +138,7 @@ class RestartingWorld(World):
 
     def _prefill_loop(self, runner: WatchedRunner, place: Place) -> PrefillWorker:
         shape = self.shape
-        config = PrefillConfig(
-            token_budget=shape.token_budget, max_batch_prompts=shape.max_batch_prompts, max_frame_bytes=4096
-        )
+        config = shape.prefill_config()
         return PrefillWorker(
             runner,
             config,
@@ -154,12 +150,7 @@ class RestartingWorld(World):
 
     def _decode_loop(self, runner: WatchedRunner, place: Place) -> DecodeWorker:
         shape = self.shape
-        config = DecodeConfig(
-            max_batch=shape.max_batch,
-            local_token_budget=shape.token_budget,
-            max_transfers=shape.max_transfers,
-            schedule_ahead=self._schedule_ahead,
-        )
+        config = shape.decode_config(schedule_ahead=self._schedule_ahead)
         return DecodeWorker(
             runner,
             config,

@@ -19,12 +19,10 @@ from cluster.messages import ModelInfo
 from cluster.planning import virtual_loop
 from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
 from cluster.reporter import Reporter
-from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker
 from engine.batch import KVLayout
 from engine.objectives import Objectives
 from kvtransfer.memory import MemoryPrefillTransport
-from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
 from tests.sim.traffic import EOS, MAX_CONTEXT, VOCAB
 from tests.sim.world import MODEL, NUM_LAYERS, WatchedRunner, World
@@ -113,19 +111,12 @@ class FlippingWorld(World):
 
     def _prefill_loop(self, runner: WatchedRunner, name: str) -> PrefillWorker:
         shape = self.shape
-        config = PrefillConfig(
-            token_budget=shape.token_budget, max_batch_prompts=shape.max_batch_prompts, max_frame_bytes=4096
-        )
+        config = shape.prefill_config()
         return PrefillWorker(runner, config, worker_id=name, prefix_cache=shape.prefix_cache, note_events=True)
 
     def _decode_loop(self, runner: WatchedRunner, name: str) -> DecodeWorker:
         shape = self.shape
-        config = DecodeConfig(
-            max_batch=shape.max_batch,
-            local_token_budget=shape.token_budget,
-            max_transfers=shape.max_transfers,
-            schedule_ahead=self._schedule_ahead,
-        )
+        config = shape.decode_config(schedule_ahead=self._schedule_ahead)
         transport = MemoryPrefillTransport(self.prefill_network)
         return DecodeWorker(
             runner,

@@ -67,6 +67,16 @@ class Shape:
     prefill_known_after_s: float
     prefix_cache: bool
 
+    def prefill_config(self) -> PrefillConfig:
+        return PrefillConfig(
+            token_budget=self.token_budget, max_batch_prompts=self.max_batch_prompts, max_frame_bytes=4096
+        )
+
+    def decode_config(self, **more: bool | int) -> DecodeConfig:
+        return DecodeConfig(
+            max_batch=self.max_batch, local_token_budget=self.token_budget, max_transfers=self.max_transfers, **more
+        )
+
 
 def draw_shape(rng: random.Random) -> Shape:
     prefill_block, decode_block = rng.choice([8, 16]), rng.choice([4, 16, 16])
@@ -236,20 +246,12 @@ class World:
 
     def _prefill(self, runner: WatchedRunner, name: str) -> PrefillWorker:
         shape = self.shape
-        config = PrefillConfig(
-            token_budget=shape.token_budget, max_batch_prompts=shape.max_batch_prompts, max_frame_bytes=4096
-        )
+        config = shape.prefill_config()
         return PrefillWorker(runner, config, worker_id=name, prefix_cache=shape.prefix_cache)
 
     def _decode(self, runner: WatchedRunner, name: str) -> DecodeWorker:
         shape = self.shape
-        config = DecodeConfig(
-            max_batch=shape.max_batch,
-            local_token_budget=shape.token_budget,
-            max_transfers=shape.max_transfers,
-            schedule_ahead=self._schedule_ahead,
-            max_steps=self._max_steps,
-        )
+        config = shape.decode_config(schedule_ahead=self._schedule_ahead, max_steps=self._max_steps)
         return DecodeWorker(
             runner,
             config,
