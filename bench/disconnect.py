@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import statistics
 import time
@@ -30,6 +31,7 @@ from rich.table import Table
 from tandem.client import Client
 
 from bench.one_process import Service, serving
+from cluster.collector import set_aside_what_is_loaded
 from cluster.gateway_config import GatewayConfig, RouterConfig
 from cluster.messages import ModelInfo
 from cluster.served_model import describe
@@ -262,9 +264,14 @@ async def run_phase(
     async with service as running, Client(running.address) as client:
         stage = Stage(running, client, runners, random.Random(0), args.prompt_tokens)
         taken: list[float] = []
-        for _ in track(range(args.trials), phase.__name__.replace("_", " "), console=Console(stderr=True)):
-            taken.append(await phase(stage))
-            running.check_empty()
+        # As in processes that serve.
+        set_aside_what_is_loaded()
+        try:
+            for _ in track(range(args.trials), phase.__name__.replace("_", " "), console=Console(stderr=True)):
+                taken.append(await phase(stage))
+                running.check_empty()
+        finally:
+            gc.unfreeze()
         return taken
 
 

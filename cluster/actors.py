@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import ray.util
 import uvloop
 
+from cluster.collector import set_aside_what_is_loaded
 from cluster.config import from_json
 from cluster.watchdog import Watchdog
 from cluster.worker_spec import WorkerSpec
@@ -63,6 +64,7 @@ class WorkerActor:
         """
 
         def serving(address: str) -> None:
+            set_aside_what_is_loaded()
             self._is_serving = True
 
         # Not a method: Ray would take a class with coroutines for an asyncio actor and call `run` in its own loop.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.collector import set_aside_what_is_loaded
 from cluster.config import TandemConfig
 from cluster.progress import Progress
 from cluster.rolling_restart import restart_workers
@@ -29,6 +30,7 @@ async def serve(config: TandemConfig) -> None:
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
     async with running_service(config, progress) as service:
+        set_aside_what_is_loaded()
         model = service.gateway.model
         print(f"serving {model.name} at {service.address}")
         print(f"workers report to {service.registry_address}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from cluster.collector import set_aside_what_is_loaded
 from cluster.config import TandemConfig
 from cluster.watchdog import Watchdog
 from cluster.worker_process import EDGES, Edges, run_worker
@@ -19,6 +20,7 @@ async def work(
     watchdog, is_serving = Watchdog(), asyncio.Event()
 
     def serving(address: str) -> None:
+        set_aside_what_is_loaded()
         is_serving.set()
         _say(f"at {address}")
 
