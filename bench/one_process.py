@@ -12,7 +12,7 @@ from functools import partial
 
 from cluster.gateway import Gateway
 from cluster.gateway_config import GatewayConfig
-from cluster.gateway_process import call_limits, port_limits
+from cluster.gateway_ports import call_limits, port_limits
 from cluster.heartbeat import report_forever
 from cluster.inference_server import inference_service
 from cluster.links import DecodeLinks

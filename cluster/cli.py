@@ -101,12 +101,15 @@ def serve(
     grpc_port: Annotated[
         int | None, typer.Option("--grpc-port", metavar="P", help="The gateway's port; 0: any free one.")
     ] = None,
+    http_port: Annotated[
+        int | None, typer.Option("--http-port", metavar="P", help="The port of OpenAI's interface; 0: any free one.")
+    ] = None,
 ) -> None:
     """Starts a service: gateway, prefill and decode workers. Runs until Ctrl-C or SIGTERM."""
     from cluster.config import load
 
     flags = {"--model": model, "--prefill": prefill, "--decode": decode, "--colocated": colocated, "--router": router}
-    loaded = load(config, {**flags, "--address": address, "--grpc-port": grpc_port})
+    loaded = load(config, {**flags, "--address": address, "--grpc-port": grpc_port, "--http-port": http_port})
 
     from cluster.commands.serve import serve as keep_serving
 

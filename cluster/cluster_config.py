@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from cluster.controller_config import ControllerConfig
 from cluster.host_port import is_host_port
 
+# Where clients of OpenAI's interface expect a server of one's own.
+HTTP_PORT = 8000
 Degree = Annotated[int, Field(ge=1, le=64)]
 
 
@@ -50,6 +52,10 @@ class ClusterConfig(BaseModel):
         ge=0,
         le=65535,
         description="Where workers report to the gateway; 0: any free port. null: the one after grpc_port.",
+    )
+    http: bool = Field(True, description="Whether the gateway serves OpenAI's HTTP interface as well.")
+    http_port: int | None = Field(
+        None, ge=0, le=65535, description="Its port; 0: any free one. null: 8000, or any free one where grpc_port is 0."
     )
     cpus_per_worker: float = Field(1, ge=0, allow_inf_nan=False, description="CPUs of a worker's Ray bundle.")
     gpus_per_worker: float | None = Field(
@@ -154,6 +160,13 @@ class ClusterConfig(BaseModel):
         if self.registry_port is not None:
             return self.registry_port
         return self.grpc_port + 1 if 0 < self.grpc_port < 65535 else 0
+
+    @property
+    def http_listens_on(self) -> int:
+        """`http_port`, or what stands for it; 0 for any free one."""
+        if self.http_port is not None:
+            return self.http_port
+        return HTTP_PORT if self.grpc_port else 0
 
     @property
     def is_remote(self) -> bool:

@@ -39,6 +39,7 @@ FLAGS = {
     "--router": "gateway.router.policy",
     "--address": "cluster.address",
     "--grpc-port": "cluster.grpc_port",
+    "--http-port": "cluster.http_port",
 }
 
 

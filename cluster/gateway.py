@@ -25,7 +25,7 @@ from cluster.dispatcher import Dispatcher
 from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
 from cluster.gateway_seams import RoleController, Tickets
-from cluster.intake import prompt_token_ids, text_chars
+from cluster.intake import fitted, prompt_token_ids, text_chars
 from cluster.ledger import Ledger
 from cluster.links import SHUTTING_DOWN, DecodeLinks, Mailbox
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
@@ -197,7 +197,8 @@ class Gateway:
         intake = partial(prompt_token_ids, request, self.model, self.tokenizer, self._config.max_prompt_chars)
         token_ids = await self.texts.run(text_chars(request.prompt), intake)
         # Its text has been of use, and may be long.
-        request = replace(request, prompt=())
+        room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)
+        request = replace(fitted(request, room_tokens), prompt=())
         objectives = self._config.objectives_of(request.objectives, request.slo_class)
         on_failure = self._config.on_failure_of(request.on_failure)
         allowed_s = request.deadline_s or self._config.default_deadline_s or math.inf

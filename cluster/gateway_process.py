@@ -1,8 +1,7 @@
-"""The gateway as it runs: tokenizer, registry, links and gateway behind one gRPC server.
+"""The gateway as it runs: tokenizer, registry, links and gateway behind gRPC and HTTP servers, in one process.
 
 Ready (health: SERVING) means that a request that comes now has workers to go to, fresh ones that are not draining.
-
-told to end ─▶ NOT_SERVING, new requests are refused ─▶ those that run end, for `drain_s` ─▶ the rest is cut ─▶ all ends
+The ports, and how it ends: gateway_ports.py.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from cluster.config import TandemConfig
 from cluster.controller_loop import ControllerLoop, Scaling, sight_of
 from cluster.demand import Cost, DemandMeter
 from cluster.gateway import Gateway
-from cluster.gateway_config import GatewayConfig
 from cluster.gateway_cost import role_cost
-from cluster.inference_server import inference_service
+from cluster.gateway_ports import gateway_ports
 from cluster.links import DecodeLinks
 from cluster.registry import Registry
-from cluster.registry_server import registry_service
 from cluster.routing.costs import RoleCosts
 from cluster.security.clear_text import warn_of_clear_text
 from cluster.security.clients import Clients
@@ -37,35 +34,24 @@ from decode_worker.grpc_transport import GrpcDecodeTransport
 from engine.model_source import ModelFiles
 from engine.tokenizer import load as load_tokenizer
 from kvtransfer.rpc_channel import Channels, KeepAlive
-from kvtransfer.rpc_limits import CallLimits, PortLimits
-from kvtransfer.rpc_server import RpcServer, start_server
+from kvtransfer.rpc_server import RpcServer
 
 READY_POLL_S = 0.1
-# For the last words of streams that were cut.
-CLOSE_GRACE_S = 0.5
 # How soon a change of the files of keys counts.
 CLIENTS_POLL_S = 1.0
-# Connections of clients that have nothing to say are closed after this.
-IDLE_S = 300.0
-# What may come beside a prompt in a request.
-REQUEST_BYTES = 1 << 20
-UTF8_BYTES_MAX = 4
-# Several times what a worker's report may hold.
-REPORT_BYTES = 1 << 20
-# A request's own deadline, which names the phase, comes before the end of its call's time.
-AGE_SLACK_S = 5.0
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningGateway:
-    """`address` is where clients call, `registry_address` where workers report. `controller` None: roles and numbers of
-    workers stay as configured."""
+    """`address` is where clients call, `registry_address` where workers report. `http_address` "": no HTTP is served.
+    `controller` None: roles and numbers of workers stay as configured."""
 
     gateway: Gateway
     address: str
     registry_address: str
+    http_address: str = ""
     controller: ControllerLoop | None = None
 
 
@@ -99,57 +85,26 @@ async def running_gateway(
     # Of the system: what clients see of it tells them nothing of what others get.
     rng = random.SystemRandom()
     gateway = Gateway(tokenizer, model, registry, links, limits, rng, costs, controller, tickets, salts)
-    inference = inference_service(gateway, clients, max_prompt_chars=limits.max_prompt_chars)
-    reports = replace(registry_service(gateway.heartbeat), caller=WORKER_NAME)
+    tasks: list[asyncio.Task[None]] = []
+    is_ready = partial(_has_route_now, registry, allow_local=limits.router.allow_local)
     try:
-        # Two ports: clients cannot report as workers, and need no certificate where workers do.
-        reports_to = await start_server(
-            f"{host}:{config.cluster.reports_to_port}",
-            [reports],
-            keepalive=keepalive,
-            limits=PortLimits(request_bytes=REPORT_BYTES),
-            tls=tls,
-        )
-        server = await start_server(
-            f"{host}:{config.cluster.grpc_port}",
-            [inference.within(call_limits(limits))],
-            ready=False,
-            keepalive=keepalive,
-            limits=port_limits(limits),
-            tls=read_certs(security.client_certs),
-            mutual=False,
-        )
-        tasks = [asyncio.create_task(_watch_readiness(server, registry, allow_local=limits.router.allow_local))]
-        if clients is not None:
-            tasks.append(asyncio.create_task(_watch_clients(clients)))
-            tasks[-1].add_done_callback(partial(_tell_of_crash, "what reads files of keys has crashed: they stay"))
-        if controller is not None:
-            tasks.append(asyncio.create_task(controller.run(sight_of(gateway, registry)), name="controller"))
-            tasks[-1].add_done_callback(partial(_tell_of_crash, "the controller has crashed: roles stay"))
-        try:
-            yield RunningGateway(gateway, server.address, reports_to.address, controller)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await server.set_ready(False)
-            await gateway.drain(config.cluster.drain_s)
-            # Not for long: streams of health watchers never end by themselves.
-            await server.stop(CLOSE_GRACE_S)
-            await reports_to.stop()
+        async with gateway_ports(config, host, gateway, clients, tls, is_ready) as ports:
+            tasks.append(asyncio.create_task(_watch_readiness(ports.grpc, is_ready)))
+            if clients is not None:
+                tasks.append(asyncio.create_task(_watch_clients(clients)))
+                tasks[-1].add_done_callback(partial(_tell_of_crash, "what reads files of keys has crashed: they stay"))
+            if controller is not None:
+                tasks.append(asyncio.create_task(controller.run(sight_of(gateway, registry)), name="controller"))
+                tasks[-1].add_done_callback(partial(_tell_of_crash, "the controller has crashed: roles stay"))
+            try:
+                yield RunningGateway(gateway, ports.grpc.address, ports.reports_to, ports.http, controller)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
     finally:
         await links.close()
         await transport.close()
-
-
-def call_limits(limits: GatewayConfig) -> CallLimits:
-    """Of clients' calls."""
-    return CallLimits(write_s=limits.slow_reader_s, age_s=limits.max_stream_s + AGE_SLACK_S)
-
-
-def port_limits(limits: GatewayConfig) -> PortLimits:
-    """Of the port for clients."""
-    return PortLimits(request_bytes=UTF8_BYTES_MAX * limits.max_prompt_chars + REQUEST_BYTES, idle_s=IDLE_S)
 
 
 def make_controller(
@@ -176,15 +131,17 @@ def _tell_of_crash(what: str, task: asyncio.Task[None]) -> None:
         _log.error("%s as they are", what, exc_info=bug)
 
 
-async def _watch_readiness(server: RpcServer, registry: Registry, *, allow_local: bool) -> None:
-    loop = asyncio.get_running_loop()
+async def _watch_readiness(server: RpcServer, is_ready: Callable[[], bool]) -> None:
     was_ready = False
     while True:
-        is_ready = has_route(registry, loop.time(), allow_local=allow_local)
-        if is_ready != was_ready:
-            await server.set_ready(is_ready)
-            was_ready = is_ready
+        if (now_ready := is_ready()) != was_ready:
+            await server.set_ready(now_ready)
+            was_ready = now_ready
         await asyncio.sleep(READY_POLL_S)
+
+
+def _has_route_now(registry: Registry, *, allow_local: bool) -> bool:
+    return has_route(registry, asyncio.get_running_loop().time(), allow_local=allow_local)
 
 
 def has_route(registry: Registry, now: float, *, allow_local: bool) -> bool:

@@ -9,7 +9,6 @@ What is refused stays with its sender, however large it is.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -20,6 +19,7 @@ import grpc.aio
 from google.protobuf.message import Message as ProtoMessage
 from tandem.v1 import inference_pb2
 
+from cluster.door import Door
 from cluster.gateway import Gateway
 from cluster.inference_convert import (
     chunk_to_proto,
@@ -29,20 +29,16 @@ from cluster.inference_convert import (
     request_from_proto,
     status_to_proto,
 )
-from cluster.intake import text_chars
 from cluster.messages import Chunk, Complete
-from cluster.security.caller import ANONYMOUS, Caller
+from cluster.security.caller import Caller
 from cluster.security.clients import Clients
-from engine.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TandemError, Unauthenticated
-from engine.refusal_log import RefusalLog
-from engine.tokenizer import Tokenizer
+from cluster.tokenize_calls import TokenizeCalls
+from engine.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TandemError
 from kvtransfer.rpc_handlers import refusal
 from kvtransfer.rpc_server import Handler, Metadata, RpcService
 
 DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-
-_log = logging.getLogger(__name__)
 
 
 def inference_service(
@@ -53,7 +49,7 @@ def inference_service(
     `clients` says who calls; None: everybody may, and nobody is told apart. `max_prompt_chars` bounds what Tokenize
     takes, as the gateway's own limit bounds what Generate takes.
     """
-    door = _Door(gateway, clients)
+    door = Door(gateway, clients)
     handlers: dict[str, Callable[[_Inference], Handler]] = {
         "Generate": lambda servicer: grpc.unary_stream_rpc_method_handler(
             servicer.generate,
@@ -76,34 +72,12 @@ def inference_service(
     return RpcService(DESCRIPTOR, {method: partial(choose, method) for method in handlers})
 
 
-class _Door:
-    """Lets callers in, before their requests are read."""
-
-    def __init__(self, gateway: Gateway, clients: Clients | None) -> None:
-        self._gateway = gateway
-        self._clients = clients
-        self._refusals = RefusalLog()
-
-    def let_in(self, metadata: Metadata) -> Caller:
-        """Raises Unauthenticated, or Overloaded for a caller over its quota of calls."""
-        caller = self._clients.caller(metadata) if self._clients is not None else ANONYMOUS
-        self._gateway.quotas.call(caller.tenant, asyncio.get_running_loop().time())
-        return caller
-
-    def tell(self, error: TandemError, peer: str) -> None:
-        """Logs who was refused, where nobody knows them: quotas are counted instead."""
-        if isinstance(error, Unauthenticated):
-            line = self._refusals.line(peer, f"refused a call: {error.detail}", asyncio.get_running_loop().time())
-            if line is not None:
-                _log.warning("%s", line)
-
-
 class _Inference:
     """Serves the calls of one caller."""
 
     def __init__(self, gateway: Gateway, max_prompt_chars: int, caller: Caller) -> None:
         self._gateway = gateway
-        self._max_prompt_chars = max_prompt_chars
+        self._tokenize_calls = TokenizeCalls(gateway, max_prompt_chars)
         self._caller = caller
 
     async def generate(
@@ -135,17 +109,11 @@ class _Inference:
     async def tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        tokenizer = self._tokenizer()
         match request.WhichOneof("input"):
             case "text":
-                self._check_chars("text", len(request.text))
-                encode = partial(tokenizer.encode, request.text)
-                token_ids = await self._gateway.texts.run(len(request.text), encode)
+                token_ids = await self._tokenize_calls.encode(request.text)
             case "messages":
-                messages = messages_from_proto(request.messages)
-                self._check_chars("messages", chars := text_chars(messages))
-                turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-                token_ids = await self._gateway.texts.run(chars, partial(tokenizer.encode_chat, turns))
+                token_ids = await self._tokenize_calls.encode_chat(messages_from_proto(request.messages))
             case _:
                 raise InvalidArgument("input", None, "text or messages")
         return inference_pb2.TokenizeResponse(token_ids=token_ids)
@@ -154,9 +122,7 @@ class _Inference:
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         skip_special_tokens = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        self._check_chars("token_ids", len(request.token_ids))
-        decode = partial(self._tokenizer().decode, list(request.token_ids), skip_special_tokens)
-        text = await self._gateway.texts.run(len(request.token_ids), decode)
+        text = await self._tokenize_calls.decode(request.token_ids, skip_special_tokens)
         return inference_pb2.DetokenizeResponse(text=text)
 
     async def get_status(
@@ -165,15 +131,6 @@ class _Inference:
         if not self._caller.is_operator:
             raise PermissionDenied("the cluster's status is for operators (gateway.auth.operators)")
         return status_to_proto(self._gateway.status(asyncio.get_running_loop().time()))
-
-    def _tokenizer(self) -> Tokenizer:
-        if self._gateway.tokenizer is None:
-            raise InvalidArgument("model", self._gateway.model.name, "a model with a tokenizer; this gateway has none")
-        return self._gateway.tokenizer
-
-    def _check_chars(self, field: str, count: int) -> None:
-        if count > self._max_prompt_chars:
-            raise InvalidArgument(field, f"a length of {count}", f"at most {self._max_prompt_chars}")
 
 
 def _unary(behaviour: Any, request: type[ProtoMessage]) -> grpc.RpcMethodHandler[Any, Any]:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import cast
 
 from cluster.messages import GenerateRequest, Message, ModelInfo
@@ -21,15 +22,23 @@ def prompt_token_ids(
     if request.model not in ("", model.name):
         raise NotFound("model", request.model, known=model.name)
     _check_small_fields(request)
-    request.params.validate(model.vocab_size)
-    if request.params.stop and tokenizer is None:
-        raise InvalidArgument("sampling_params.stop", request.params.stop, "none: this gateway has no tokenizer")
+    params = fitted(request, model.max_context).params
+    params.validate(model.vocab_size)
+    if params.stop and tokenizer is None:
+        raise InvalidArgument("sampling_params.stop", params.stop, "none: this gateway has no tokenizer")
     field, token_ids = _encode(request.prompt, tokenizer, max_prompt_chars)
     if not token_ids:
         raise InvalidArgument(field, request.prompt, "a prompt of at least one token")
-    _check_length(field, len(token_ids), request.params.max_tokens, model.max_context)
+    _check_length(field, len(token_ids), 1 if request.fills_context else params.max_tokens, model.max_context)
     check_token_ids(field, token_ids, model.vocab_size)
     return token_ids
+
+
+def fitted(request: GenerateRequest, room_tokens: int) -> GenerateRequest:
+    """The request; one that wants it, with as long an answer as there is room for."""
+    if not request.fills_context:
+        return request
+    return replace(request, params=replace(request.params, max_tokens=max(1, room_tokens)))
 
 
 def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...]) -> int:

@@ -25,7 +25,8 @@ class GenerateRequest:
     seconds from arrival, None for the gateway's default. `objectives` are the request's own; what they leave open is
     taken from the gateway's class `slo_class`, then from its configuration. `on_failure`: what becomes of it when a
     worker is lost ("recompute", "retry", "fail"), "" for the gateway's default. `tenant`: whose request it is, "" where
-    nobody is told apart."""
+    nobody is told apart. `fills_context`: the answer may be as long as the model's context allows, whatever
+    `params.max_tokens` says."""
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[Message, ...] = field(repr=False)
@@ -37,6 +38,7 @@ class GenerateRequest:
     slo_class: str = ""
     on_failure: str = ""
     tenant: str = ""
+    fills_context: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,14 @@ EVERYWHERE = ("0.0.0.0", "[::]", "::")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`address` is where clients on this machine reach it, `registry_address` where workers report."""
+    """`address` is where clients on this machine reach it, `http_address` those of its HTTP interface ("": none),
+    `registry_address` where workers report."""
 
     gateway: Gateway
     address: str
     registry_address: str
     fleet: Fleet
+    http_address: str = ""
 
 
 @asynccontextmanager
@@ -57,8 +59,9 @@ async def running_service(
             registry_address = f"{reached_at if host in EVERYWHERE else host}:{registry_port}"
             await fleet.start(registry_address)
             await _all_report(config, running.gateway, fleet)
-        address = f"{'127.0.0.1' if host in EVERYWHERE else host}:{port}"
-        yield Service(running.gateway, address, registry_address, fleet)
+        here = "127.0.0.1" if host in EVERYWHERE else host
+        http_address = f"{here}:{running.http_address.rpartition(':')[2]}" if running.http_address else ""
+        yield Service(running.gateway, f"{here}:{port}", registry_address, fleet, http_address)
 
 
 def make_fleet(config: TandemConfig, log: Log) -> Fleet:

@@ -68,15 +68,33 @@ class _ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int, token: str) -> str:
-        try:
-            data = bytes(BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError:
-            # An added token is spelled as it is, not in the byte alphabet.
-            data = token.encode()
-        return self._decoder.decode(data)
+        return self._decoder.decode(_spelled(token))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+
+def _spelled(token: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        # An added token is spelled as it is, not in the byte alphabet.
+        return token.encode()
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What one token adds to a text, as UTF-8 or a part of it; nothing for an id without a text."""
+    token = tokenizer.token_text(token_id)
+    if token is None:
+        return b""
+    if tokenizer.decoder_steps == ("ByteLevel",):
+        return _spelled(token)
+    if BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(token[3:5])
+    # After another token: at the start of a text decoders drop a space.
+    alone = tokenizer.decode([token_id], skip_special_tokens=False)
+    return tokenizer.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :].encode()
 
 
 class _Window:

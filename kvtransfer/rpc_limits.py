@@ -54,13 +54,14 @@ class PortLimits:
         # Both alike: between the two, gRPC refuses at random.
         yield "grpc.max_metadata_size", self.metadata_bytes
         yield "grpc.absolute_max_metadata_size", self.metadata_bytes
-        yield "grpc.max_allowed_incoming_connections", self.connections or _connections()
+        yield "grpc.max_allowed_incoming_connections", self.connections or max_connections()
         yield "grpc.server_handshake_timeout_ms", round(self.handshake_s * 1000)
         yield "grpc.http2.settings_timeout", round(self.handshake_s * 1000)
         if self.idle_s is not None:
             yield "grpc.max_connection_idle_ms", round(self.idle_s * 1000)
 
 
-def _connections() -> int:
+def max_connections() -> int:
+    """Of one port: half of the files that this process may open, MAX_CONNECTIONS at most."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, files // 2))

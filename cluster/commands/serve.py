@@ -33,8 +33,10 @@ async def serve(config: TandemConfig) -> None:
         set_aside_what_is_loaded()
         model = service.gateway.model
         print(f"serving {model.name} at {service.address}")
-        print(f"workers report to {service.registry_address}")
         certs = config.security.client_certs
+        if service.http_address:
+            print(f"OpenAI's interface at {'http' if certs is None else 'https'}://{service.http_address}/v1")
+        print(f"workers report to {service.registry_address}")
         command = command_to_try(
             service.address,
             has_chat=model.has_chat_template,

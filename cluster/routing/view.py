@@ -10,6 +10,7 @@ Nothing here walks all workers, so what an event or a question costs does not gr
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 
 from cluster.prefix_index import PrefixIndex
@@ -205,6 +206,10 @@ class ClusterView:
         orders = orders or [order for order in (self.local_order,) if order]
         soonest_s = min((order.load(order.least(1)[0]) for order in orders), default=now)
         return max(0.0, soonest_s - now)
+
+    def most_tokens(self) -> float:
+        """Of one sequence: what the largest of the workers that decode has KV blocks for."""
+        return max(self.decode_capacities, default=math.inf)
 
     def expected_answer(self, allowed_tokens: int) -> float:
         """Tokens of an answer that may have `allowed_tokens`."""

@@ -50,6 +50,13 @@ class Served:
     address: str
     log: Path
 
+    @property
+    def openai_url(self) -> str:
+        """What clients of OpenAI's interface are given."""
+        match = re.search(r"^OpenAI's interface at (\S+)$", self.log.read_text(), re.MULTILINE)
+        assert match, self.log.read_text()
+        return match[1]
+
     def generate(self, *arguments: str) -> list[dict[str, Any]]:
         result = tandem("generate", "--url", self.address, "--json", *arguments)
         assert result.returncode == 0, result.stderr

@@ -65,6 +65,28 @@ def test_command(served: Served, tmp_path: Path, command: str) -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.parametrize("command", [block for block in blocks("docs/http.md", "bash") if block.startswith("curl")])
+def test_curl(served: Served, command: str) -> None:
+    done = subprocess.run(
+        ["bash", "-ec", command.replace("http://127.0.0.1:8000/v1", served.openai_url)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def test_openai_program(served: Served, tmp_path: Path) -> None:
+    (program,) = blocks("docs/http.md", "python")
+    file = tmp_path / "program.py"
+    file.write_text(program.replace("http://127.0.0.1:8000/v1", served.openai_url))
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=90, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
 def test_program(served: Served, tmp_path: Path) -> None:
     (program,) = (block for block in blocks("README.md", "python") if "tandem.client" in block)
     file = tmp_path / "program.py"

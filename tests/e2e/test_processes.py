@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import grpc
+import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -71,6 +72,33 @@ def test_plain_text_is_the_same_text(served: Served):
 def test_a_seed_decides(served: Served):
     answers = [served.generate("Once upon a time", "--seed", "7", "--max-tokens", "10")[0] for _ in range(2)]
     assert answers[0]["token_ids"] == answers[1]["token_ids"]
+
+
+def test_openai_says_the_same(served: Served):
+    (expected,) = served.generate("The capital of France is", *GREEDY)
+    with openai.OpenAI(base_url=served.openai_url, api_key="none") as client:
+        model = client.models.list().data[0].id
+        asked = {"model": model, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 12}
+        whole = client.completions.create(**asked)
+        pieces = [chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)]
+        chat = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Say hello."}], temperature=0, max_tokens=5
+        )
+    assert whole.choices[0].text == "".join(pieces) == expected["text"]
+    (said,) = served.generate("Say hello.", "--chat", "--temperature", "0", "--max-tokens", "5")
+    assert chat.choices[0].message.content == said["text"]
+
+
+def test_closing_an_openai_stream_frees_its_kv(served: Served):
+    with openai.OpenAI(base_url=served.openai_url, api_key="none") as client:
+        chunks = client.completions.create(
+            model="", prompt="Once upon a time", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(chunks))
+        assert served.status()["requests_running"] == 1
+        chunks.close()
+    eventually(lambda: not served.status()["requests_running"], 5)
+    eventually(lambda: all(worker["blocks_free"] == worker["blocks_total"] for worker in served.workers().values()), 5)
 
 
 def test_status(served: Served):

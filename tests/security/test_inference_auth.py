@@ -133,7 +133,7 @@ async def test_whoever_is_not_known_is_refused_for_every_method_and_logged_once(
                         "expected metadata `authorization: Bearer` with an API key or a token",
                     )
         assert (await running).choices[0].text == "One, two, three."
-    lines = [record.getMessage() for record in caplog.records if record.name == "cluster.inference_server"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "cluster.door"]
     assert lines == [f"ipv4:127.0.0.1: refused a call: {problem}" for problem in attacks]
 
 
@@ -179,7 +179,7 @@ async def test_a_flood_of_bad_keys_is_one_line_and_slows_nobody(
         flood = [asyncio.create_task(service.call("Generate", wrong)) for _ in range(300)]
         assert (await service.answer(service.keys["globex"])).usage.completion_tokens == LENGTH
         assert all(isinstance(error, Unauthenticated) for error in await asyncio.gather(*flood))
-    lines = [record for record in caplog.records if record.name == "cluster.inference_server"]
+    lines = [record for record in caplog.records if record.name == "cluster.door"]
     assert len(lines) == 1
 
 

@@ -1,0 +1,94 @@
+"""`/v1/models`, `/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.gateway import Gateway
+from cluster.http.body import read_body
+from cluster.http.responses import json_response
+from cluster.inference_convert import MAX_MESSAGES
+from cluster.openai.chat_request import ChatMessage
+from cluster.openai.request import parse
+from cluster.security.caller import Caller
+from cluster.tokenize_calls import TokenizeCalls
+from engine.errors import NotFound
+
+
+class TokenizeRequest(BaseModel):
+    """As in vLLM: a text or a chat."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = ""
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("one of prompt and messages")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = ""
+    tokens: list[int]
+
+
+class ModelFacts:
+    """What can be asked of the model without computing anything. `created`: seconds since 1970."""
+
+    def __init__(self, gateway: Gateway, calls: TokenizeCalls, max_body_bytes: int, created: int) -> None:
+        self._gateway = gateway
+        self._calls = calls
+        self._max_body_bytes = max_body_bytes
+        self._created = created
+
+    async def models(self, request: Request, caller: Caller) -> Response:
+        return json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request, caller: Caller) -> Response:
+        name = request.path_params["model"]
+        if name != self._gateway.model.name:
+            raise NotFound("model", name, known=self._gateway.model.name)
+        return json_response(self._model())
+
+    async def tokenize(self, request: Request, caller: Caller) -> Response:
+        asked = parse(TokenizeRequest, await read_body(request, self._max_body_bytes))
+        self._check_model(asked.model)
+        if asked.messages is None:
+            token_ids = await self._calls.encode(asked.prompt or "", asked.add_special_tokens)
+        else:
+            turns = tuple(message.turn(index) for index, message in enumerate(asked.messages))
+            token_ids = await self._calls.encode_chat(turns)
+        count = {"count": len(token_ids), "max_model_len": self._gateway.model.max_context}
+        return json_response({**count, "tokens": token_ids})
+
+    async def detokenize(self, request: Request, caller: Caller) -> Response:
+        asked = parse(DetokenizeRequest, await read_body(request, self._max_body_bytes))
+        self._check_model(asked.model)
+        return json_response({"prompt": await self._calls.decode(asked.tokens, skip_special_tokens=False)})
+
+    def _check_model(self, name: str) -> None:
+        if name not in ("", self._gateway.model.name):
+            raise NotFound("model", name, known=self._gateway.model.name)
+
+    def _model(self) -> dict[str, Any]:
+        model = self._gateway.model
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "tandem",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": model.max_context,
+        }

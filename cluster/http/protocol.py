@@ -1,0 +1,142 @@
+"""One HTTP connection: uvicorn's, with the bounds that it lacks (docs/limits.md lists them).
+
+    connected ─▶ headers ─▶ body ─▶ answer ─▶ idle ─▶ headers …
+                 └── request_s ──┘  └ slow_reader_s of waiting for the reader, and 1 s per KiB
+                                               └ keep_alive_s
+
+Beyond its time a connection is aborted, and what was computed for it is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from cluster.openai.answer import to_json
+from cluster.openai.errors import http_error
+
+MAX_HEADER_BYTES = 16 << 10
+REQUEST_S = 20.0
+# Slower readers than this pay from `slow_reader_s`.
+SLOWEST_BYTES_PER_S = 1 << 10
+# Of an answer, before whoever writes it has to wait for its reader.
+WRITE_BUFFER_BYTES = 16 << 10
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """`limits` are set on a subclass by `bounded`."""
+
+    max_connections = 4096
+    slow_reader_s = 30.0
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._header_bytes, self._is_too_large = 0, False
+        self._request_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
+        # How long its reader has kept this connection waiting beyond what a slow link takes; until when it may do so
+        # now if it takes nothing, and since when it does.
+        self._waited_s, self._allowed_s, self._waits_since_s = 0.0, 0.0, 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def data_received(self, data: bytes) -> None:
+        if self._request_timer is None and self._is_between_requests():
+            self._expect_request()
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._header_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_header(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_header(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_message_complete(self) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
+        super().on_message_complete()
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_request(self) -> None:
+        self._request_timer = self.loop.call_later(REQUEST_S, self._abort)
+
+    def _count_header(self, count: int) -> None:
+        self._header_bytes += count
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self._is_too_large = True
+            # The parser stops at whatever is raised, and `send_400_response` is asked for.
+            raise ValueError(f"more than {MAX_HEADER_BYTES} bytes of headers")
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no request is answered here: no handler has been found for it."""
+        status, message = "400 Bad Request", "this is no HTTP request"
+        if self._is_too_large:
+            status, message = "431 Request Header Fields Too Large", f"more than {MAX_HEADER_BYTES} bytes of headers"
+        body = to_json(http_error(int(status[:3]), message).body)
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+    # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._waits_since_s = self.loop.time()
+        self._allowed_s = self.transport.get_write_buffer_size() / SLOWEST_BYTES_PER_S
+        left_s = self.slow_reader_s - self._waited_s + self._allowed_s
+        self._reader_timer = self.loop.call_later(max(0.0, left_s), self._abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
+            self._waited_s += max(0.0, self.loop.time() - self._waits_since_s - self._allowed_s)
+
+    def _abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._request_timer, self._reader_timer):
+            if timer is not None:
+                timer.cancel()
+        self._request_timer = self._reader_timer = None
+
+
+def bounded(max_connections: int, slow_reader_s: float) -> type[BoundedProtocol]:
+    """The protocol with these limits: uvicorn makes one for each connection, and takes no arguments for them."""
+    return type(
+        "BoundedProtocol", (BoundedProtocol,), {"max_connections": max_connections, "slow_reader_s": slow_reader_s}
+    )

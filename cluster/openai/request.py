@@ -1,0 +1,174 @@
+"""What requests of OpenAI's HTTP interface have in common: fields, their reading, and what they mean to the gateway.
+
+Fields have OpenAI's names and defaults; those that OpenAI lacks have vLLM's. null is the same as left out. What changes
+no answer (`user`, `metadata`, `store`, …) is taken and passed over; what nobody knows is refused, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import InvalidArgument, TandemError
+from engine.objectives import Objectives
+from engine.sampling import SamplingParams
+
+Text = Annotated[str, Field(max_length=1 << 20)]
+# Longest list of anything in a request but token ids; the gateway's own bounds are lower, and say more.
+MANY = 4096
+# Of the gateway's fields that headers stand for, their names.
+NAMES = {"objectives.ttft_ms": "x-slo-ttft-ms", "objectives.tpot_ms": "x-slo-tpot-ms", "request_id": "x-request-id"}
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+class StreamOptions(BaseModel):
+    """`include_usage`: one more event before the last, with the token counts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SamplingFields(BaseModel):
+    """The fields that chats and plain completions share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | Annotated[list[str], Field(max_length=MANY)] | None = None
+    max_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MANY)] | None = None
+    seed: int | None = None
+
+    # As in vLLM.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MANY)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    cache_salt: str | None = None
+
+    # Tandem's own.
+    slo_class: str | None = None
+    on_failure: str | None = None
+
+    # Without effect.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
+        return bool(self.stream_options is not None and self.stream_options.include_usage)
+
+    def check_stream_options(self) -> None:
+        """Raises InvalidArgument where they are given for an answer that is not streamed."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidArgument("stream_options", "options", "none where stream is not true")
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """How to draw. Raises InvalidArgument for a `logit_bias` whose keys are no token ids."""
+        given = {
+            name: value
+            for name in (
+                *("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p"),
+                *("repetition_penalty", "min_tokens", "ignore_eos", "include_stop_str_in_output"),
+                "skip_special_tokens",
+            )
+            if (value := getattr(self, name)) is not None
+        }
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        return SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=tuple(_biases(self.logit_bias or {})),
+            logprobs=logprobs,
+        )
+
+
+def parse(kind: type[Parsed], body: bytes) -> Parsed:
+    """A request's body. Raises InvalidArgument naming the first field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _first_problem(kind, error) from None
+
+
+def objectives(headers: Mapping[str, str]) -> Objectives:
+    """What the headers `x-slo-ttft-ms` and `x-slo-tpot-ms` ask for. Raises InvalidArgument for what is no number."""
+    return Objectives(_seconds(headers, "x-slo-ttft-ms"), _seconds(headers, "x-slo-tpot-ms"))
+
+
+def told(error: TandemError, names: Mapping[str, str]) -> TandemError:
+    """The gateway's complaint about a request, with its field as HTTP's clients know it. `names`: where that differs by
+    more than the prefix `sampling_params.`."""
+    if not isinstance(error, InvalidArgument):
+        return error
+    field = error.field.removeprefix("sampling_params.")
+    renamed = InvalidArgument(names.get(field, field), "", error.expected)
+    renamed.args = (f"{renamed.field}: got {error.value}, expected {error.expected}",)
+    renamed.value = error.value
+    return renamed
+
+
+def _seconds(headers: Mapping[str, str], name: str) -> float | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    try:
+        return float(text) / 1e3
+    except ValueError:
+        raise InvalidArgument(name, text, "a number of milliseconds") from None
+
+
+def _biases(biases: Mapping[str, float]) -> list[tuple[int, float]]:
+    found = []
+    for key, bias in biases.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise InvalidArgument("logit_bias", key, "token ids as keys")
+        found.append((int(key), bias))
+    return found
+
+
+def _first_problem(kind: type[BaseModel], error: ValidationError) -> InvalidArgument:
+    problem = error.errors(include_url=False, include_context=True)[0]
+    # Of a union pydantic names each branch, which no client knows.
+    path = [part for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    if problem["type"] == "json_invalid":
+        return InvalidArgument("body", "something else", f"JSON: {problem['msg']}")
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(str(path[-1]), _known(kind), n=1) if path else []
+        return InvalidArgument(field, "a field that nobody knows", f"{near[0]}?" if near else "none of that name")
+    if problem["type"] == "missing":
+        return InvalidArgument(field, None, "a value")
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return InvalidArgument(field or "body", problem["input"], message)
+
+
+def _is_key(part: str) -> bool:
+    return part.isidentifier() and part not in ("str", "int", "float", "bool", "function-after")
+
+
+def _known(kind: type[BaseModel]) -> list[str]:
+    return list(kind.model_fields)

@@ -1,0 +1,135 @@
+"""Connections that mean ill, or do not know better: each costs little, is told, and disturbs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from cluster.http import protocol
+from tests.http_api.web import MAX_BODY_BYTES, Web, eventually, web
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Count!"}]}
+
+
+@asynccontextmanager
+async def connection(running: Web) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def request(body: bytes, *headers: str) -> bytes:
+    lines = ["POST /v1/chat/completions HTTP/1.1", "host: a", f"content-length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+async def ended(reader: asyncio.StreamReader) -> bytes:
+    """All that still comes, until the other side ends the connection."""
+    async with asyncio.timeout(5):
+        try:
+            return await reader.read()
+        except ConnectionError:
+            return b""
+
+
+@pytest.mark.parametrize("beginning", [b"", b"POST /v1/chat/comp", request(b"x" * 100)[:-50]])
+async def test_a_request_that_never_ends(beginning: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "REQUEST_S", 0.2)
+    async with web() as running, connection(running) as (reader, writer), httpx.AsyncClient() as other:
+        writer.write(beginning)
+        assert await ended(reader) == b""
+        assert (await other.post(f"{running.url}/chat/completions", json=CHAT)).status_code == 200
+
+
+async def test_a_slow_request_that_comes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "REQUEST_S", 2.0)
+    async with web() as running, connection(running) as (reader, writer):
+        # Twice: between requests no time counts.
+        for _ in range(2):
+            for byte in request(json.dumps(CHAT).encode()):
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+            await reader.readexactly(int(length.split(b":")[1]))
+
+
+async def test_headers_that_never_end() -> None:
+    async with web() as running, connection(running) as (reader, writer):
+        writer.write(request(b"", *(f"x-{number}: {'a' * 200}" for number in range(100))))
+        answer = await ended(reader)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b"more than 16384 bytes of headers" in answer
+
+
+async def test_what_is_no_request() -> None:
+    async with web() as running, connection(running) as (reader, writer):
+        writer.write(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n")
+        answer = await ended(reader)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"this is no HTTP request" in answer
+
+
+@pytest.mark.parametrize("is_stated", [True, False])
+async def test_a_body_that_is_too_large(is_stated: bool) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b"x" * (MAX_BODY_BYTES // 16)
+
+    content = b"x" * (4 * MAX_BODY_BYTES) if is_stated else pieces()
+    async with web() as running, httpx.AsyncClient() as client:
+        answer = await client.post(f"{running.url}/chat/completions", content=content)
+    assert answer.status_code == 413
+    assert f"at most {MAX_BODY_BYTES}" in answer.json()["error"]["message"]
+
+
+async def test_a_reader_that_stops_costs_its_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SLOWEST_BYTES_PER_S", 1 << 20)
+    async with web("a" * 4000, slow_reader_s=0.3) as running, httpx.AsyncClient() as other:
+        asked = {**CHAT, "stream": True, "max_tokens": 900, "n": 8, "logprobs": True}
+        silent = socket.socket()
+        # Small, or the kernel would take the whole answer.
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        silent.connect(("127.0.0.1", running.server.port))
+        silent.sendall(request(json.dumps(asked).encode()))
+        await eventually(lambda: running.fake.running)
+        quick = await other.post(f"{running.url}/chat/completions", json={**CHAT, "max_tokens": 3})
+        assert quick.status_code == 200
+        # Long before the answer's end: its reader has gone as far as anybody can tell.
+        await eventually(lambda: running.fake.cancels, timeout_s=8)
+        silent.close()
+
+
+async def test_a_reader_that_is_slow_but_reads_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SLOWEST_BYTES_PER_S", 100 << 10)
+    asked = {**CHAT, "stream": True, "max_tokens": 100, "n": 64, "logprobs": True}
+    async with web("a" * 4000, slow_reader_s=1.0) as running, connection(running) as (reader, writer):
+        writer.write(request(json.dumps(asked).encode(), "connection: close"))
+        answer = b""
+        while piece := await reader.read(16 << 10):
+            answer += piece
+            await asyncio.sleep(0.01)
+    assert answer.count(b'"finish_reason":"length"') == 64
+
+
+async def test_connections_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.http.server.max_connections", lambda: 2)
+    async with web() as running, connection(running), connection(running), connection(running) as (reader, _):
+        assert await ended(reader) == b""
+
+
+async def test_pipelined_requests_are_answered_in_turn() -> None:
+    async with web() as running, connection(running) as (reader, writer):
+        writer.write(request(json.dumps(CHAT).encode()) * 2 + b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n")
+        answer = await ended(reader)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert answer.endswith(b'{"status":"ok"}')
