@@ -1,6 +1,6 @@
 """A million inputs for every target, found by what they make the code do (atheris, libFuzzer): `make fuzz`.
 
-    python -m tests.fuzz.campaign [--inputs 1000000] [--jobs 2] [target …]
+    python -m tests.fuzz.campaign [--inputs 1000000] [--jobs 2] [--seed 1] [target …]
 
 Each target runs in a process of its own, which may take only so much more memory than it had to begin with. One that
 crashes, takes longer than LIMIT_S for an input or asks for too much memory ends there, and its input is kept.
@@ -38,10 +38,11 @@ class Arguments(argparse.Namespace):
     targets: list[str]
     inputs: int
     jobs: int
+    seed: int
     child: str
 
 
-def child(name: str, inputs: int) -> None:
+def child(name: str, inputs: int, seed: int) -> None:
     """One target, in this process, which ends with it: here is where libFuzzer lives."""
     import atheris
 
@@ -51,8 +52,8 @@ def child(name: str, inputs: int) -> None:
     target = next(target for target in TARGETS if target.name == name)
     corpus = Path("corpus")
     corpus.mkdir()
-    for number, seed in enumerate(target.seeds()):
-        (corpus / f"seed-{number}").write_bytes(seed)
+    for number, example in enumerate(target.seeds()):
+        (corpus / f"seed-{number}").write_bytes(example)
     runs, slowest_s, start_s, at_first_kib = 0, 0.0, time.perf_counter(), 0
 
     def once(data: bytes) -> None:
@@ -81,7 +82,13 @@ def child(name: str, inputs: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * os.sysconf("SC_PAGE_SIZE") + (LIMIT_MIB << 20)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    options = [f"-runs={inputs + 1}", f"-max_len={LONGEST_INPUT}", f"-timeout={LIMIT_S}", "-verbosity=1", "-seed=1"]
+    options = [
+        f"-runs={inputs + 1}",
+        f"-max_len={LONGEST_INPUT}",
+        f"-timeout={LIMIT_S}",
+        "-verbosity=1",
+        f"-seed={seed}",
+    ]
     atheris.Setup([sys.argv[0], *options, "-rss_limit_mb=0", str(corpus)], once)
     atheris.Fuzz()
 
@@ -90,11 +97,21 @@ def _peak_kib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def campaign(name: str, inputs: int, folder: Path) -> dict[str, float]:
+def campaign(name: str, inputs: int, folder: Path, seed: int = 1) -> dict[str, float]:
     """What a child has measured; {} where it did not come to its end."""
     place = folder / name
     place.mkdir()
-    command = [sys.executable, "-m", "tests.fuzz.campaign", "--child", name, "--inputs", str(inputs)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.campaign",
+        "--child",
+        name,
+        "--inputs",
+        str(inputs),
+        "--seed",
+        str(seed),
+    ]
     with (place / "log").open("w") as log:
         subprocess.run(
             command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": os.getcwd()}
@@ -120,10 +137,11 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", metavar="target")
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=1, help="another one searches elsewhere")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args(namespace=Arguments())
     if arguments.child:
-        child(arguments.child, arguments.inputs)
+        child(arguments.child, arguments.inputs, arguments.seed)
     from tests.fuzz.test_parsers import TARGETS
 
     known = [target.name for target in TARGETS]
@@ -132,7 +150,7 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
     folder = Path(tempfile.mkdtemp(prefix="tandem-fuzz-"))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(partial(campaign, inputs=arguments.inputs, folder=folder), names))
+        results = list(pool.map(partial(campaign, inputs=arguments.inputs, folder=folder, seed=arguments.seed), names))
     Console(width=100).print(report(names, results))
     if not all(results):
         print(f"logs and inputs: {folder}")
