@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 from tests.sim.soak import Sample, soak
+
+
+@pytest.fixture
+def nothing_is_logged() -> Iterator[None]:
+    """pytest keeps what is logged until the test ends: a kilobyte for each of some thousand lines."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def mean(samples: list[Sample]) -> tuple[float, float, float]:
@@ -24,6 +35,7 @@ def test_hours_leave_no_task_behind():
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("nothing_is_logged")
 def test_seven_days_leave_nothing_behind():
     """The last day against the second: the first fills the caches."""
     world = soak(seed=7, hours=7 * 24)
