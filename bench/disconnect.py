@@ -68,6 +68,10 @@ class TimedRunner:
     def vocab_size(self) -> int:
         return self._runner.vocab_size
 
+    @property
+    def can_guide(self) -> bool:
+        return self._runner.can_guide
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         start_s = asyncio.get_running_loop().time()
         try:

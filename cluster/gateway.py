@@ -25,7 +25,7 @@ from cluster.dispatcher import Dispatcher
 from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
 from cluster.gateway_seams import RoleController, Tickets
-from cluster.intake import fitted, prompt_token_ids, text_chars
+from cluster.intake import fitted, intake_chars, prompt_token_ids
 from cluster.ledger import Ledger
 from cluster.links import SHUTTING_DOWN, DecodeLinks, Mailbox
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
@@ -195,7 +195,7 @@ class Gateway:
         demand that it could meet."""
         now = asyncio.get_running_loop().time()
         intake = partial(prompt_token_ids, request, self.model, self.tokenizer, self._config.max_prompt_chars)
-        token_ids = await self.texts.run(text_chars(request.prompt), intake)
+        token_ids = await self.texts.run(intake_chars(request), intake)
         # Its text has been of use, and may be long.
         room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)
         request = replace(fitted(request, room_tokens), prompt=())

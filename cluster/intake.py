@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from cluster.messages import GenerateRequest, Message, ModelInfo
+from cluster.text_queue import SHORT_CHARS
 from engine.errors import InvalidArgument, NotFound
 from engine.request_checks import check_token_ids
 from engine.tokenizer import Tokenizer
@@ -24,6 +25,11 @@ def prompt_token_ids(
     _check_small_fields(request)
     params = fitted(request, model.max_context).params
     params.validate(model.vocab_size)
+    if params.structure is not None:
+        # Imported here: nobody else needs the library behind it.
+        from engine.guidance import check_structure
+
+        check_structure(params.structure)
     if params.stop and tokenizer is None:
         raise InvalidArgument("sampling_params.stop", params.stop, "none: this gateway has no tokenizer")
     field, token_ids = _encode(request.prompt, tokenizer, max_prompt_chars)
@@ -39,6 +45,12 @@ def fitted(request: GenerateRequest, room_tokens: int) -> GenerateRequest:
     if not request.fills_context:
         return request
     return replace(request, params=replace(request.params, max_tokens=max(1, room_tokens)))
+
+
+def intake_chars(request: GenerateRequest) -> int:
+    """What a request takes to look at, as characters to tokenize: a structure may take as long as a long text."""
+    chars = text_chars(request.prompt)
+    return chars if request.params.structure is None else chars + SHORT_CHARS + 1
 
 
 def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...]) -> int:

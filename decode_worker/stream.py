@@ -14,7 +14,7 @@ from typing import Protocol
 from engine.batch import Sampled
 from engine.errors import InvalidArgument
 from engine.request import FinishReason, Receipt
-from engine.request_checks import check_seconds, check_token_ids
+from engine.request_checks import check_params, check_seconds, check_token_ids
 from engine.sampling import SamplingParams
 
 
@@ -65,10 +65,10 @@ class Submit:
         """Of every choice."""
         return self.resumed or (ChoiceSoFar(),) * self.params.n
 
-    def check(self, vocab_size: int) -> None:
-        """Raises InvalidArgument for what makes no request."""
+    def check(self, vocab_size: int, *, can_guide: bool) -> None:
+        """Raises InvalidArgument for what makes no request, or none that this worker can serve."""
         # First of all: `n` says how much is made of it below.
-        self.params.validate(vocab_size)
+        check_params(self.params, vocab_size, can_guide=can_guide)
         check_seconds(deadline_s=self.deadline_s, ttft_due_s=self.ttft_due_s, tpot_s=self.tpot_s)
         if not self.token_ids:
             raise InvalidArgument("prompt", "no tokens", "at least one token")

@@ -243,7 +243,7 @@ class DecodeWorker:
             if submit.request_id in session.requests:
                 raise InvalidArgument("request_id", submit.request_id, "an id that no running request has")
             # Before anything is made of it: it may ask for billions of choices.
-            submit.check(self._runner.vocab_size)
+            submit.check(self._runner.vocab_size, can_guide=self._runner.can_guide)
             deadline = None if submit.deadline_s is None else now + submit.deadline_s
             self._serial += 1
             key = f"{session.name}:{submit.request_id}#{self._serial}"

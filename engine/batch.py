@@ -136,6 +136,11 @@ class Runner(Protocol):
         """Token ids are in [0, vocab_size): others would index out of the model's tables, and end the worker."""
         ...
 
+    @property
+    def can_guide(self) -> bool:
+        """Whether it can hold answers to a structure (`SamplingParams.structure`). Rows with one may only come then."""
+        ...
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """Runs one forward pass. All calls of `on_layers` come before this returns, in layer order, together
         covering every layer once.

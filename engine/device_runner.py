@@ -59,6 +59,10 @@ class DeviceRunner(CachedRunner):
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch", initializer=self._own_stream)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
 
+    @property
+    def can_guide(self) -> bool:
+        return self._sampler.can_guide
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """When cancelled, waits for the step to end and only then raises CancelledError."""
         launched = self._launcher.submit(self._launch, batch)

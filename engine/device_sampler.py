@@ -22,8 +22,9 @@ import torch
 
 from engine.batch import Sampled, SampleSpec
 from engine.random_draw import draw_key
-from engine.sampler import GREEDY_TEMPERATURE, NEVER
+from engine.sampler import GREEDY_TEMPERATURE, NEVER, structure_mask
 from engine.sampling import SamplingParams
+from engine.structure import Guide
 from kernels.gpu.sample import sample
 from kernels.gpu.sample_cuts import INFINITY_DEPTH
 from kernels.gpu.sample_inputs import SampleInputs, SampleShape, empty_inputs
@@ -38,6 +39,8 @@ class Prepared:
 
     inputs: SampleInputs
     specs: tuple[SampleSpec, ...]
+    # What structures do not allow, [rows, vocab] bool on the device; None where no row has one.
+    banned: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,11 +63,23 @@ class DeviceSampler:
     On a CPU device it needs Triton's interpreter, and is slow: it is there for tests.
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device = CPU,
+        guide: Guide | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         # A token beyond the vocabulary cannot be drawn, so it need not be banned.
         self._eos_token_ids = tuple(token_id for token_id in eos_token_ids if token_id < vocab_size)
         self._device = device
+        self._guide = guide
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether answers can be held to a structure."""
+        return self._guide is not None and self._guide.is_there
 
     def sample(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> tuple[tuple[Sampled, ...], ...]:
         """All in one, as Sampler.sample."""
@@ -80,7 +95,7 @@ class DeviceSampler:
         _pack_filters(specs, self.vocab_size, inputs)
         _pack_biases(edits, inputs)
         _pack_histories(specs, histories, inputs)
-        return Prepared(inputs.on(self._device), tuple(specs))
+        return Prepared(inputs.on(self._device), tuple(specs), self._structure_masks(specs))
 
     def launch(self, logits: torch.Tensor, prepared: Prepared) -> Drawn:
         """Draws from logits [rows, vocab] float32 on the device, which stay unchanged."""
@@ -92,7 +107,9 @@ class DeviceSampler:
         assert logits.shape == (shape.rows, self.vocab_size), f"logits {tuple(logits.shape)} for {shape.rows} rows"
         if shape.draws == 0:
             return Drawn(prepared, torch.empty(0, dtype=torch.int64, device=self._device))
-        token_ids = sample(logits.contiguous(), prepared.inputs)
+        # Log-probabilities below are of the logits as they came.
+        allowed = logits if prepared.banned is None else logits.masked_fill(prepared.banned, NEVER)
+        token_ids = sample(allowed.contiguous(), prepared.inputs)
         if shape.logprob_draws == 0:
             return Drawn(prepared, token_ids)
         inputs = prepared.inputs
@@ -119,6 +136,13 @@ class DeviceSampler:
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return replace(drawn, on_host=on_host, arrived=arrived)
+
+    def _structure_masks(self, specs: Sequence[SampleSpec]) -> torch.Tensor | None:
+        masks = [structure_mask(self._guide, spec) for spec in specs]
+        if all(mask is None for mask in masks):
+            return None
+        nothing = torch.zeros(self.vocab_size, dtype=torch.bool)
+        return torch.stack([nothing if mask is None else mask for mask in masks]).to(self._device)
 
     def _banned(self, spec: SampleSpec) -> tuple[int, ...]:
         """Tokens that would end the sequence before its min_tokens."""

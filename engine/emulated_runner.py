@@ -49,6 +49,8 @@ class EmulatedRunner:
         self._cost = cost
         self._layer_group = layer_group
         self.vocab_size = vocab_size
+        # What it draws is a hash, of no vocabulary.
+        self.can_guide = False
         self.eos_token_id = eos_token_id
         self.eos_rate = eos_rate
         # The blocks of the batches under way: one, and one that waits for its end.

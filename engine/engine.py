@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -28,6 +29,8 @@ from engine.ranks import Ranks
 from engine.runners import make_runner
 from engine.sampler import Sampler
 from engine.shard import Shard, local_config, shards
+from engine.structure import Guide
+from engine.tokenizer import load as load_tokenizer
 from engine.torch_runner import TorchRunner
 from engine.weights import Weights, load_weights, open_weights
 from kernels.choice import Kernels, choose_kernels
@@ -58,7 +61,7 @@ def load_engine(config: EngineConfig, files: ModelFiles, ranks: Ranks | None = N
         local = LeaderRunner(
             share.model,
             share.cache,
-            Sampler(share.config.vocab_size, share.config.eos_token_ids),
+            Sampler(share.config.vocab_size, share.config.eos_token_ids, open_guide(share.config, files)),
             ranks,
             device=share.device,
             layer_group=config.layer_group,
@@ -73,7 +76,18 @@ def load_engine(config: EngineConfig, files: ModelFiles, ranks: Ranks | None = N
     # Before the weights are read: a pool that cannot be had should be known at once.
     num_blocks = count_blocks(model, config.kv_cache_bytes, config.block_size, kv_dtype(config, dtype))
     weights = load_weights(source, DTYPES[dtype], device)
-    return Engine(model, build_runner(config, model, weights, num_blocks, dtype, device), files)
+    guide = open_guide(model, files)
+    return Engine(model, build_runner(config, model, weights, num_blocks, dtype, device, guide), files)
+
+
+def open_guide(model: ModelConfig, files: ModelFiles) -> Guide | None:
+    """What holds answers to a structure, made beside the rest; None where nothing can: without llguidance, or for a
+    model whose answers nothing ends."""
+    if not model.eos_token_ids or find_spec("llguidance") is None:
+        return None
+    from engine.guidance import Guides, LazyGuides
+
+    return LazyGuides(lambda: Guides(load_tokenizer(files), model.vocab_size, model.eos_token_ids))
 
 
 def check_ranks(config: EngineConfig, files: ModelFiles) -> None:
@@ -144,7 +158,13 @@ def load_share(config: EngineConfig, files: ModelFiles, ranks: Ranks) -> Share:
 
 
 def build_runner(
-    config: EngineConfig, model: ModelConfig, weights: Weights, num_blocks: int, dtype: str, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    weights: Weights,
+    num_blocks: int,
+    dtype: str,
+    device: torch.device,
+    guide: Guide | None = None,
 ) -> TorchRunner | DeviceRunner:
     """A runner over weights that are already in memory, real or random."""
     kernels = kernels_for(config, device, dtype)
@@ -158,6 +178,7 @@ def build_runner(
         bind=partial(kernels.bind, config.threads, config.cpus),
         graph_rows=config.graph_rows,
         graph_chunks=config.graph_chunks,
+        guide=guide,
     )
 
 

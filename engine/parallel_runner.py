@@ -84,6 +84,10 @@ class ParallelRunner:
     def vocab_size(self) -> int:
         return self._local.vocab_size
 
+    @property
+    def can_guide(self) -> bool:
+        return self._local.can_guide
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """Runs one forward pass on all ranks. Raises RankLost when one of them died."""
         return await self._local.run(batch, on_layers)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from engine.errors import InvalidArgument
+from engine.sampling import SamplingParams
 
 # No model's vocabulary is larger; for workers that compute without a model.
 LARGEST_VOCABULARY = 1 << 31
@@ -17,6 +18,13 @@ def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> No
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         token_id = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidArgument(field, token_id, f"a token id in [0, {vocab_size})")
+
+
+def check_params(params: SamplingParams, vocab_size: int, *, can_guide: bool) -> None:
+    """`can_guide`: whether answers can be held to a structure."""
+    params.validate(vocab_size)
+    if params.structure is not None and not can_guide:
+        raise InvalidArgument("sampling_params.structure", params.structure.kind, "none: this worker has no tokenizer")
 
 
 def check_seconds(**fields: float | None) -> None:

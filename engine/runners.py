@@ -14,6 +14,7 @@ from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler
+from engine.structure import Guide
 from engine.torch_runner import TorchRunner
 from engine.weight_parts import Weights
 from kernels.choice import Kernels
@@ -30,11 +31,12 @@ def make_runner(
     bind: Callable[[], None] | None = None,
     graph_rows: int = 0,
     graph_chunks: Sequence[int] = (),
+    guide: Guide | None = None,
 ) -> TorchRunner | DeviceRunner:
     """Takes the tensors out of `weights`, and allocates the cache.
 
     `graph_rows`: the largest decode batch that is replayed from a recording; `graph_chunks`: the prompt chunks that a
-    GPU replays.
+    GPU replays. `guide` holds answers to structures.
     """
     model, cache = Model(config, weights, kernels), KVCache(layout, device, kernels.ops)
     capture = kernels.capture() if kernels.capture is not None and graph_rows else None
@@ -46,12 +48,12 @@ def make_runner(
         forward: Forward | GraphedForward = plain
         if capture is not None:
             forward = GraphedForward(plain, capture, padded_rows(graph_rows), graph_chunks)
-        device_sampler = DeviceSampler(config.vocab_size, config.eos_token_ids, device)
+        device_sampler = DeviceSampler(config.vocab_size, config.eos_token_ids, device, guide)
         return DeviceRunner(forward, cache, device_sampler, device=device)
     return TorchRunner(
         model,
         cache,
-        Sampler(config.vocab_size, config.eos_token_ids),
+        Sampler(config.vocab_size, config.eos_token_ids, guide),
         device=device,
         layer_group=layer_group,
         bind=bind,

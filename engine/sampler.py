@@ -1,4 +1,5 @@
-"""Draws tokens from logits. Order, as in vLLM: logit bias, penalties, (min_tokens), temperature, min_p, top_k, top_p.
+"""Draws tokens from logits. Order, as in vLLM: logit bias, penalties, (min_tokens), structure, temperature, min_p,
+top_k, top_p.
 
 A draw is the argmax of filtered logits plus Gumbel noise, which has the distribution of a softmax sample; the noise is
 a function of (seed, choice, step, token id) alone (engine/random_draw.py). Greedy is the argmax, lowest id on ties.
@@ -13,6 +14,7 @@ import torch
 
 from engine.batch import Sampled, SampleSpec
 from engine.random_draw import draw_key, gumbel_noise
+from engine.structure import Guide
 
 # As in vLLM: below this, dividing by the temperature says no more than taking the maximum.
 GREEDY_TEMPERATURE = 1e-5
@@ -24,11 +26,18 @@ NEVER = float("-inf")
 
 
 class Sampler:
-    """Holds what does not change between steps: vocabulary size and the model's end tokens."""
+    """Holds what does not change between steps: vocabulary size, the model's end tokens, and what holds answers to a
+    structure."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], guide: Guide | None = None) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        self._guide = guide
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether answers can be held to a structure."""
+        return self._guide is not None and self._guide.is_there
 
     def sample(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> tuple[tuple[Sampled, ...], ...]:
         """One entry per choice for each row of logits [len(specs), vocab] float32, which stay unchanged."""
@@ -48,7 +57,7 @@ class Sampler:
         )
 
     def _edit(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-        """Bias, penalties and min_tokens; the logits themselves where no row asks for any."""
+        """Bias, penalties, min_tokens and structure; the logits themselves where no row asks for any."""
         edited = logits
         for row, spec in enumerate(specs):
             banned = self._banned(spec)
@@ -61,6 +70,8 @@ class Sampler:
                 _penalise(edited[row], spec)
             if banned:
                 edited[row, list(banned)] = NEVER
+            if (mask := structure_mask(self._guide, spec)) is not None:
+                edited[row].masked_fill_(mask.to(edited.device), NEVER)
         return edited
 
     def _banned(self, spec: SampleSpec) -> tuple[int, ...]:
@@ -89,6 +100,15 @@ class Sampler:
             for (_, row, _), token_id in zip(part, noise.argmax(-1).tolist(), strict=True):
                 drawn[row].append(token_id)
         return drawn
+
+
+def structure_mask(guide: Guide | None, spec: SampleSpec) -> torch.Tensor | None:
+    """[vocab] bool, True for tokens that the structure of a row does not allow; None for a row without one."""
+    structure = spec.params.structure
+    if structure is None:
+        return None
+    assert guide is not None, "a structure was taken where nothing can hold answers to it"
+    return torch.from_numpy(guide.banned(structure, spec.output_ids))
 
 
 def _add_bias(logits: torch.Tensor, spec: SampleSpec) -> None:

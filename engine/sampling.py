@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from engine.errors import InvalidArgument
+from engine.structure import Structure
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
@@ -24,6 +25,7 @@ class SamplingParams:
     `temperature` 0 means greedy. `top_k` 0 or -1 means no limit. `seed` None means that the gateway picks one.
     Choice `i` of `n` draws its token `t` from a number that depends on (seed, i, t) alone.
     `logprobs` None means none, 0 the sampled token's alone, k the k most likely besides.
+    `structure`: what the answer is held to; None: to nothing.
     """
 
     temperature: float = 1.0
@@ -44,6 +46,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = field(default=None)
+    structure: Structure | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -51,13 +54,21 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """True where the draw depends on the tokens before it (penalties)."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        """True where the draw depends on the tokens before it (penalties, structure)."""
+        has_penalty = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return has_penalty or self.structure is not None
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidArgument naming the first field that is out of range."""
         self._check_numbers()
         self._check_counts()
+        if self.structure is not None:
+            self.structure.validate()
+            # Its end is the answer's, neither earlier nor later.
+            if self.ignore_eos:
+                raise InvalidArgument("sampling_params.ignore_eos", True, "false with a structure")
+            if self.min_tokens:
+                raise InvalidArgument("sampling_params.min_tokens", self.min_tokens, "0 with a structure")
         for name, token_ids in (
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", tuple(token_id for token_id, _ in self.logit_bias)),

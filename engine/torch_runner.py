@@ -59,6 +59,10 @@ class TorchRunner(CachedRunner):
         self._drawn: list[int] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward", initializer=bind)
 
+    @property
+    def can_guide(self) -> bool:
+        return self._sampler.can_guide
+
     async def run(self, batch: Batch, on_layers: LayerListener | None = None) -> StepOutput:
         """See Runner. When cancelled, waits for the pass to end and only then raises CancelledError. A pass that has
         not begun is called off."""

@@ -12,6 +12,7 @@ from engine.batch import KVLayout, Sampled
 from engine.errors import InvalidArgument
 from engine.request import Receipt
 from engine.sampling import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
+from engine.structure import Structure
 
 _FLOATS = (
     "temperature",
@@ -32,12 +33,14 @@ def params_to_proto(params: SamplingParams) -> inference_pb2.SamplingParams:
     fields: dict[str, Any] = {name: getattr(params, name) for name in (*_FLOATS, *_COUNTS, *_FLAGS)}
     # No vocabulary is larger than the largest int32: there the limit says the same.
     fields["top_k"] = min(params.top_k, _INT32_MAX)
+    structure = params.structure
     return inference_pb2.SamplingParams(
         **fields,
         logit_bias=dict(params.logit_bias),
         stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         skip_special_tokens=params.skip_special_tokens,
+        structure=None if structure is None else inference_pb2.Structure(kind=structure.kind, text=structure.text),
     )
 
 
@@ -58,6 +61,7 @@ def params_from_proto(message: inference_pb2.SamplingParams) -> SamplingParams:
         logit_bias=tuple((token_id, shortest(bias)) for token_id, bias in sorted(message.logit_bias.items())),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        structure=Structure(message.structure.kind, message.structure.text) if message.HasField("structure") else None,
     )
 
 

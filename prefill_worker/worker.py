@@ -24,7 +24,7 @@ from engine.inbox import INBOX_LIMIT, Inbox
 from engine.kv_events import KVEventBatch
 from engine.learned_cost import learned, learner
 from engine.pulse import Pulse
-from engine.request_checks import check_seconds, check_token_ids
+from engine.request_checks import check_params, check_seconds, check_token_ids
 from engine.running_average import RunningAverage
 from engine.stats import LoopStats
 from engine.step_cost import StepCost, work_of
@@ -180,7 +180,7 @@ class PrefillWorker:
         if not call.token_ids:
             raise InvalidArgument("prompt", "no tokens", "at least one token")
         check_token_ids("prompt", call.token_ids, self._runner.vocab_size)
-        call.params.validate(self._runner.vocab_size)
+        check_params(call.params, self._runner.vocab_size, can_guide=self._runner.can_guide)
         check_seconds(deadline_s=call.deadline_s, ttft_due_s=call.ttft_due_s)
         if not 0 <= call.prompt_tokens <= len(call.token_ids):
             expected = f"at most {len(call.token_ids)}, the tokens given"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from decode_worker.config import DecodeConfig
 from decode_worker.stream import Command, Delta, Done, Failed, Submit
@@ -37,16 +37,20 @@ class Pair:
 
     async def answer(self, prompts: Sequence[Prompt], *, local: bool = False) -> list[Outcome]:
         """Submits all prompts at once on one token stream and waits for all of them."""
-        outcomes = [Outcome() for _ in prompts]
+        address = "" if local else self.prefill_address
+        return await self.ask([Submit("", each.token_ids, each.params, each.seed, address) for each in prompts])
+
+    async def ask(self, submits: Sequence[Submit]) -> list[Outcome]:
+        """The same; the requests are named by their numbers."""
+        outcomes = [Outcome() for _ in submits]
         stop = asyncio.Event()
 
         async def commands() -> AsyncIterator[Command]:
-            for index, prompt in enumerate(prompts):
-                address = "" if local else self.prefill_address
-                yield Submit(str(index), prompt.token_ids, prompt.params, prompt.seed, address)
+            for index, submit in enumerate(submits):
+                yield replace(submit, request_id=str(index))
             await stop.wait()
 
-        unfinished = len(prompts)
+        unfinished = len(submits)
         async for frame in self.decode.attach(commands()):
             for event in frame.events:
                 outcome = outcomes[int(event.request_id)]

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import build_runner
 from engine.model_source import ModelFiles
 from engine.sampling import SamplingParams
+from engine.structure import Guide
 from engine.torch_runner import TorchRunner
 from engine.weights import load_weights, open_weights
 
@@ -90,14 +91,20 @@ def greedy_by(oracle: torch.nn.Module, prompt: Sequence[int], max_tokens: int) -
 
 
 def make_runner(
-    files: ModelFiles, *, block_size: int = 4, num_blocks: int = 64, dtype: str = "float32", layer_group: int = 1
+    files: ModelFiles,
+    *,
+    block_size: int = 4,
+    num_blocks: int = 64,
+    dtype: str = "float32",
+    layer_group: int = 1,
+    guide: Guide | None = None,
 ) -> TorchRunner:
     """A runner whose cache starts as NaN, so that any read of a slot nobody wrote shows."""
     config = EngineConfig(block_size=block_size, layer_group=layer_group, dtype=dtype, device="cpu")
     source = open_weights(files)
     cpu = torch.device("cpu")
     weights = load_weights(source, getattr(torch, dtype), cpu)
-    runner = build_runner(config, source.config, weights, num_blocks, dtype, cpu)
+    runner = build_runner(config, source.config, weights, num_blocks, dtype, cpu, guide)
     poison(runner)
     return runner
 

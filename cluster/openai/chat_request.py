@@ -64,7 +64,7 @@ class ChatRequest(SamplingFields):
     def names(self) -> dict[str, str]:
         """Of the gateway's fields, what this request calls them."""
         longest = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {**NAMES, "text": "messages", "max_tokens": longest}
+        return {**NAMES, "structure": self.structure_field(), "text": "messages", "max_tokens": longest}
 
     def generate_request(self, request_id: str, objectives: Objectives, tenant: str) -> GenerateRequest:
         """Raises InvalidArgument for fields that contradict each other."""

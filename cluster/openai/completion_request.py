@@ -35,7 +35,7 @@ class CompletionRequest(SamplingFields):
 
     def names(self) -> dict[str, str]:
         """Of the gateway's fields, what this request calls them."""
-        return {**NAMES, "text": "prompt", "token_ids": "prompt"}
+        return {**NAMES, "structure": self.structure_field(), "text": "prompt", "token_ids": "prompt"}
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         """Raises InvalidArgument where there is none."""

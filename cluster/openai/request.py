@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.openai.structure import StructureFields
 from engine.errors import InvalidArgument, TandemError
 from engine.objectives import Objectives
 from engine.sampling import SamplingParams
@@ -33,7 +34,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(StructureFields):
     """The fields that chats and plain completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -103,6 +104,7 @@ class SamplingFields(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=tuple(_biases(self.logit_bias or {})),
             logprobs=logprobs,
+            structure=self.structure(),
         )
 
 

@@ -80,6 +80,7 @@ class CostRunner:
         self._long: LongRun | None = None
 
     vocab_size = LARGEST_VOCABULARY
+    can_guide = False
 
     @property
     def layout(self) -> KVLayout:

@@ -32,6 +32,7 @@ class _IdleRunner:
     """Implements engine.batch.Runner: every token is 1, at once."""
 
     vocab_size = LARGEST_VOCABULARY
+    can_guide = False
 
     def __init__(self, rows: int) -> None:
         blocks = rows * (-(-(PROMPT_TOKENS + STEPS + WARM_UP_STEPS) // BLOCK_SIZE) + 2)

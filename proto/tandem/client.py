@@ -79,6 +79,8 @@ class Sampling(TypedDict, total=False):
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     logprobs: int
+    # What the answer is held to: "kind" (json_schema, regex, choice or grammar) and "text".
+    structure: Mapping[str, str]
 
 
 class Client:

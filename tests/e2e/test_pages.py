@@ -78,8 +78,8 @@ def test_curl(served: Served, command: str) -> None:
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
-def test_openai_program(served: Served, tmp_path: Path) -> None:
-    (program,) = blocks("docs/http.md", "python")
+@pytest.mark.parametrize("program", blocks("docs/http.md", "python"))
+def test_openai_program(served: Served, tmp_path: Path, program: str) -> None:
     file = tmp_path / "program.py"
     file.write_text(program.replace("http://127.0.0.1:8000/v1", served.openai_url))
     done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=90, check=False)

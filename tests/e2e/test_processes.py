@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import grpc
+import jsonschema
 import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -87,6 +88,30 @@ def test_openai_says_the_same(served: Served):
     assert whole.choices[0].text == "".join(pieces) == expected["text"]
     (said,) = served.generate("Say hello.", "--chat", "--temperature", "0", "--max-tokens", "5")
     assert chat.choices[0].message.content == said["text"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_answers_are_held_to_a_schema(served: Served, temperature: int):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "minimum": 1}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    with openai.OpenAI(base_url=served.openai_url, api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="",
+            messages=[{"role": "user", "content": "Name a city of France, and how many people live there."}],
+            temperature=temperature,
+            seed=3,
+            n=2,
+            max_tokens=60,
+            response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+        )
+    said = [choice.message.content for choice in answer.choices if choice.finish_reason == "stop"]
+    assert said, answer
+    for text in said:
+        jsonschema.validate(json.loads(text), schema)
 
 
 def test_closing_an_openai_stream_frees_its_kv(served: Served):

@@ -16,11 +16,14 @@ from engine.sampler import Sampler
 from engine.sampling import SamplingParams
 from tests.engine.test_sampler import (
     EOS,
+    STRUCTURE,
     VOCAB,
+    EveryThird,
     Make,
     assert_follows,
     spec,
     test_a_draw_depends_on_seed_choice_and_step_alone,
+    test_a_structure_decides_what_may_be_drawn,
     test_bias_comes_before_penalties,
     test_choices_of_one_row_are_what_each_would_draw_alone,
     test_extreme_logits_stay_finite,
@@ -40,6 +43,7 @@ from tests.kernels.gpu.quick_interpreter import quick_interpreter
 __all__ = [
     "device",
     "test_a_draw_depends_on_seed_choice_and_step_alone",
+    "test_a_structure_decides_what_may_be_drawn",
     "test_bias_comes_before_penalties",
     "test_choices_of_one_row_are_what_each_would_draw_alone",
     "test_extreme_logits_stay_finite",
@@ -73,7 +77,7 @@ class OnDevice:
 
 @pytest.fixture
 def make(device: torch.device) -> Make:
-    return lambda vocab, eos: OnDevice(DeviceSampler(vocab, eos, device), device)
+    return lambda vocab, eos: OnDevice(DeviceSampler(vocab, eos, device, EveryThird(vocab)), device)
 
 
 # ── as Sampler draws ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -99,6 +103,7 @@ def some_params(rng: random.Random, vocab: int) -> SamplingParams:
         **maybe("logprobs", 0, 3, 20),  # type: ignore[arg-type]
         **maybe("min_tokens", 5),  # type: ignore[arg-type]
         **maybe("ignore_eos", True),  # type: ignore[arg-type]
+        structure=rng.choice([None, None, STRUCTURE]),
         stop_token_ids=(3, 6),
     )
 
@@ -119,8 +124,8 @@ def some_specs(rng: random.Random, vocab: int) -> list[SampleSpec]:
 
 def assert_equal_draws(logits: torch.Tensor, specs: Sequence[SampleSpec], device: torch.device) -> None:
     vocab = logits.shape[1]
-    expected = Sampler(vocab, (EOS,)).sample(logits, specs)
-    got = DeviceSampler(vocab, (EOS,), device).sample(logits.to(device), specs)
+    expected = Sampler(vocab, (EOS,), EveryThird(vocab)).sample(logits, specs)
+    got = DeviceSampler(vocab, (EOS,), device, EveryThird(vocab)).sample(logits.to(device), specs)
     for one, theirs, ours in zip(specs, expected, got, strict=True):
         assert [drawn.token_id for drawn in ours] == [drawn.token_id for drawn in theirs], one
         for drawn, other in zip(ours, theirs, strict=True):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from engine.batch import Sampled, SampleSpec
 from engine.random_draw import draw_key, gumbel_noise, hash_bits
 from engine.sampler import Sampler
 from engine.sampling import SamplingParams
+from engine.structure import Mask, Structure
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -32,9 +34,23 @@ class AnySampler(Protocol):
 Make = Callable[[int, tuple[int, ...]], AnySampler]
 
 
+class EveryThird:
+    """A guide that allows every third token, and which ones depends on how many came before."""
+
+    def __init__(self, vocab: int) -> None:
+        self._vocab = vocab
+        self.is_there = True
+
+    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask:
+        return (np.arange(self._vocab) + len(output_ids)) % 3 != 0
+
+
+STRUCTURE = Structure("regex", "any")
+
+
 @pytest.fixture
 def make() -> Make:
-    return Sampler
+    return lambda vocab, eos: Sampler(vocab, eos, EveryThird(vocab))
 
 
 def spec(step: int = 0, seed: int = 0, choices: tuple[int, ...] = (0,), **params: object) -> SampleSpec:
@@ -259,6 +275,27 @@ def test_logprobs_are_of_the_unmodified_distribution(make: Make) -> None:
     assert alone.top == ()
     assert alone.logprob == pytest.approx(truth.max().item(), rel=1e-5)
     assert make(VOCAB, (EOS,)).sample(LOGITS[None], [spec(temperature=0.0)]) == ((Sampled(int(LOGITS.argmax())),),)
+
+
+def test_a_structure_decides_what_may_be_drawn(make: Make) -> None:
+    """Beside rows that have none, and before any filter: what it leaves is what is drawn from."""
+    free = spec(temperature=1.0, choices=tuple(range(50)))
+    held = [
+        replace(spec(step=count, choices=tuple(range(50)), structure=STRUCTURE, **params), output_ids=[5] * count)
+        for count, params in enumerate([{}, {"temperature": 0.0}, {"top_k": 4}, {"top_p": 0.4}, {"min_p": 0.1}])
+    ]
+    sampler = make(VOCAB, (EOS,))
+    rows = sampler.sample(LOGITS.expand(6, -1), [free, *held])
+    assert [one.token_id for one in rows[0]] == draw(make, LOGITS, free)
+    for count, row in enumerate(rows[1:]):
+        assert {(one.token_id + count) % 3 for one in row} == {0}
+    allowed = [token_id for token_id in range(VOCAB) if (token_id + 1) % 3 == 0]
+    assert rows[2][0].token_id == max(allowed, key=lambda token_id: LOGITS[token_id])
+    fourth = sorted(((LOGITS[i].item(), i) for i in range(VOCAB) if (i + 2) % 3 == 0), reverse=True)[:4]
+    assert {one.token_id for one in rows[3]} <= {token_id for _, token_id in fourth}
+    # Of the model, as ever.
+    ((one,),) = sampler.sample(LOGITS[None], [spec(temperature=0.0, structure=STRUCTURE, logprobs=0)])
+    assert one.logprob == pytest.approx(LOGITS.double().log_softmax(-1)[one.token_id].item(), rel=1e-5)
 
 
 def test_no_rows_is_no_work(make: Make) -> None:

@@ -38,6 +38,13 @@ LONG_S = 600.0
 ASKED = "asked#1"
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
 TOKENIZER = build(byte_level_metadata(), TEMPLATE)
+STRUCTURES = (
+    ("json_schema", '{"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}'),
+    ("regex", "(a|[b-d]{2,3})+x?"),
+    ("choice", '["yes", "no"]'),
+    ("grammar", 'start: "a" (B | "c")*\nB: /[x-z]+/'),
+    ("grammar", 'root ::= "a" | "b" root'),
+)
 
 
 class _Script:
@@ -124,6 +131,15 @@ def _requests() -> Sequence[bytes]:
             on_failure="retry",
         ),
         inference_pb2.GenerateRequest(messages=inference_pb2.Messages(messages=[turn]), request_id="mine"),
+        *(
+            inference_pb2.GenerateRequest(
+                text="a",
+                sampling_params=inference_pb2.SamplingParams(
+                    structure=inference_pb2.Structure(kind=kind, text=text), max_tokens=4
+                ),
+            )
+            for kind, text in STRUCTURES
+        ),
     ]
     return [message.SerializeToString() for message in messages]
 

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from engine.errors import Unavailable
+from engine.structure import Structure
 from tests.http_api.web import TOKENIZER, WALL_S, Web, eventually, web
 
 TEXT = "One, two, three."
@@ -154,6 +155,29 @@ async def test_what_a_request_asks_for_is_what_workers_get() -> None:
     assert submit.request_id.startswith("mine")
 
 
+@pytest.mark.parametrize(
+    ("asked", "structure"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Structure("json_schema", '{"type": "object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}},
+            Structure("json_schema", '{"type": "null"}'),
+        ),
+        ({"extra_body": {"guided_json": {"type": "null"}}}, Structure("json_schema", '{"type": "null"}')),
+        ({"extra_body": {"guided_json": '{"type":"null"}'}}, Structure("json_schema", '{"type":"null"}')),
+        ({"extra_body": {"guided_regex": "[ab]+"}}, Structure("regex", "[ab]+")),
+        ({"extra_body": {"guided_choice": ["é", "b"]}}, Structure("choice", '["é", "b"]')),
+        ({"extra_body": {"guided_grammar": 'root ::= "a"'}}, Structure("grammar", 'root ::= "a"')),
+    ],
+)
+async def test_structures_are_what_workers_are_told(asked: dict[str, Any], structure: Structure | None) -> None:
+    async with web(TEXT) as running, client(running) as ai:
+        await ai.chat.completions.create(**{"model": "tiny", "messages": CHAT, **asked})
+    (submit,) = (submit for _, submit in running.fake.submits)
+    assert submit.params.structure == structure
+
+
 async def test_stop_strings_end_an_answer() -> None:
     async with web(TEXT) as running, client(running) as ai:
         answer = await ai.chat.completions.create(model="tiny", messages=CHAT, stop=", th")
@@ -199,6 +223,21 @@ async def test_models() -> None:
         ({"extra_headers": {"x-slo-ttft-ms": "soon"}}, "x-slo-ttft-ms", "got 'soon', expected a number of millisec"),
         ({"extra_headers": {"x-slo-ttft-ms": "-1"}}, "x-slo-ttft-ms", "x-slo-ttft-ms: got"),
         ({"extra_body": {"slo_class": "gold"}}, "slo_class", "slo_class: got 'gold', expected one of the gateway's"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "got 'xml'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "got 'none', expected what goes"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nope"}}}},
+            "response_format",
+            "expected a JSON schema: Invalid type: nope",
+        ),
+        ({"extra_body": {"guided_regex": "(a"}}, "guided_regex", "guided_regex: got '(a', expected a regular expr"),
+        ({"extra_body": {"guided_choice": []}}, "guided_choice", "expected a JSON list of texts"),
+        (
+            {"extra_body": {"guided_choice": ["a"], "guided_regex": "a"}},
+            "guided_choice",
+            "guided_choice: got 'a structure', expected none beside guided_regex",
+        ),
+        ({"extra_body": {"guided_regex": "a", "min_tokens": 2}}, "min_tokens", "got 2, expected 0 with a structure"),
         ({"extra_body": {"on_failure": "cry"}}, "on_failure", "on_failure: got 'cry', expected one of"),
     ],
 )

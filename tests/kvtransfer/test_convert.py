@@ -10,6 +10,7 @@ from tandem.v1 import inference_pb2
 from engine.batch import KVLayout, Sampled
 from engine.request import Receipt
 from engine.sampling import SamplingParams
+from engine.structure import Structure
 from kvtransfer import convert
 
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -34,6 +35,7 @@ PARAMS = st.builds(
     include_stop_str_in_output=st.booleans(),
     skip_special_tokens=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    structure=st.none() | st.builds(Structure, st.text(), st.text()),
 )
 
 
