@@ -10,10 +10,11 @@ Beyond its time a connection is aborted, and what was computed for it is cancell
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from cluster.openai.answer import to_json
@@ -42,6 +43,8 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._header_bytes, self._is_too_large = 0, False
+        # Requests that are not answered yet, in order.
+        self._cycles: deque[RequestResponseCycle] = deque()
         self._request_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
         # How long its reader has kept this connection waiting beyond what a slow link takes; until when it may do so
@@ -59,6 +62,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         super().connection_lost(exc)
+        # Of requests that come before the answer to the last, uvicorn tells only the latest that its client has gone.
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +86,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_header(len(name) + len(value))
         super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft()
+        self._cycles.append(self.cycle)
 
     def on_message_complete(self) -> None:
         if self._request_timer is not None:

@@ -133,3 +133,13 @@ async def test_pipelined_requests_are_answered_in_turn() -> None:
         answer = await ended(reader)
     assert answer.count(b"HTTP/1.1 200 OK") == 3
     assert answer.endswith(b'{"status":"ok"}')
+
+
+async def test_who_sends_the_next_request_and_goes_away_has_gone_for_all_of_them() -> None:
+    async with web("a" * 500) as running:
+        async with connection(running) as (_, writer):
+            long = json.dumps({**CHAT, "max_tokens": 400}).encode()
+            writer.write(request(long) * 2)
+            await eventually(lambda: running.fake.running)
+        await running.until_idle()
+        assert len(running.fake.cancels) == 1, "the second one had not begun"
