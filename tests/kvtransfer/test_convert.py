@@ -9,7 +9,7 @@ from tandem.v1 import inference_pb2
 
 from engine.batch import KVLayout, Sampled
 from engine.request import Receipt
-from engine.sampling import SamplingParams
+from engine.sampling import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
 from engine.structure import Structure
 from kvtransfer import convert
 
@@ -24,13 +24,15 @@ PARAMS = st.builds(
     repetition_penalty=st.floats(0, 100, width=32, exclude_min=True),
     presence_penalty=st.floats(-2, 2, width=32),
     frequency_penalty=st.floats(-2, 2, width=32),
-    logit_bias=st.dictionaries(COUNT, st.floats(-100, 100, width=32)).map(lambda bias: tuple(sorted(bias.items()))),
+    logit_bias=st.dictionaries(COUNT, st.floats(-100, 100, width=32), max_size=MAX_LOGIT_BIAS).map(
+        lambda bias: tuple(sorted(bias.items()))
+    ),
     seed=st.none() | st.integers(-(1 << 63), (1 << 63) - 1),
     n=st.integers(1, 64),
     max_tokens=st.integers(1, 1 << 31),
     min_tokens=COUNT,
-    stop=st.lists(st.text()).map(tuple),
-    stop_token_ids=st.lists(COUNT).map(tuple),
+    stop=st.lists(st.text(), max_size=MAX_STOPS).map(tuple),
+    stop_token_ids=st.lists(COUNT, max_size=MAX_STOPS).map(tuple),
     ignore_eos=st.booleans(),
     include_stop_str_in_output=st.booleans(),
     skip_special_tokens=st.booleans(),
