@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("drain_s", [0.05, pytest.param(20.0, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("drain_s", [0.001, pytest.param(20.0, marks=pytest.mark.nightly)])
 async def test_every_worker_is_replaced_under_load(folder: Path, drain_s: float):
     expected = await answers(folder)
     log: list[str] = []
@@ -55,7 +55,7 @@ async def test_a_second_signal_ends_a_worker_at_once(folder: Path):
     log: list[str] = []
     async with cluster(folder, log, each=1, drain_s=60.0) as (gateway, fleet):
         # Long enough to be there when the worker is told to end.
-        params = SamplingParams(temperature=0.0, max_tokens=150, min_tokens=150)
+        params = SamplingParams(temperature=0.0, max_tokens=150, min_tokens=150, n=8)
         parts = gateway.generate(GenerateRequest("", tuple(prompt_of(9)), params))
         await anext(parts)
         for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
