@@ -164,6 +164,11 @@ class Gateway:
         self._dispatcher.close(Unavailable(SHUTTING_DOWN))
         await self._links.close()
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because it is about to end."""
+        return self._is_draining
+
     def on_its_way(self, worker_id: str) -> int:
         """Requests that were sent to a worker and are not over there."""
         return self._ledger.on_its_way(worker_id)

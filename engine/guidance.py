@@ -26,8 +26,8 @@ from engine.tokenizer import Tokenizer
 # Grammars that are ready to begin, and answers under way.
 GRAMMARS_KEPT = 128
 MATCHERS_KEPT = 1024
-# What compiling may cost, and one step: some 20 ms each. llguidance's own limits allow ten times that.
-LIMITS = LLParserLimits(initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, verbose_errors=False)
+# llguidance's own bounds of what compiling and one step may cost; its messages without the state of its parser.
+LIMITS = LLParserLimits(verbose_errors=False)
 # JSON on one line, as models write it when nobody asks for more: else small models can go on with spaces for ever.
 JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 

@@ -6,7 +6,6 @@ headers ─▶ who calls? ─▶ within their quota of calls? ─▶ body ─▶
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -29,8 +28,6 @@ Handler = Callable[[Request, Caller], Awaitable[Response]]
 # What nobody reads: the client has gone. nginx's number for it, for logs of proxies in between.
 CLIENT_GONE = 499
 
-_log = logging.getLogger(__name__)
-
 
 def http_app(
     gateway: Gateway,
@@ -50,6 +47,8 @@ def http_app(
         return json_response({"status": "ok"})
 
     async def ready(request: Request) -> Response:
+        if gateway.is_draining:
+            return json_response({"status": "draining"}, 503)
         if is_ready():
             return json_response({"status": "ready"})
         return json_response({"status": "no workers"}, 503)

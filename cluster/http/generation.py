@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar, cast
+from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,8 +27,6 @@ from cluster.openai.request import objectives, parse, told
 from cluster.openai.token_texts import TokenTexts
 from cluster.security.caller import Caller
 from engine.errors import InvalidArgument, TandemError
-
-Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
 class Generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import ssl
@@ -20,7 +21,7 @@ from cluster.security.clients import Clients
 from engine.errors import ConfigError
 from kvtransfer.rpc_tls import Tls
 from tests.cluster.serving import CONFIG
-from tests.http_api.web import TOKENIZER, web
+from tests.http_api.web import TOKENIZER, eventually, web
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Count!"}]}
 
@@ -70,6 +71,19 @@ async def test_health_needs_no_key(tmp_path: Path) -> None:
     async with web(workers=()) as running, httpx.AsyncClient(base_url=running.root) as client:
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/ready")).status_code == 503
+
+
+async def test_a_gateway_that_is_about_to_end_is_not_ready() -> None:
+    async with web("a" * 300) as running, httpx.AsyncClient(base_url=running.root, timeout=20) as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 60}))
+        await eventually(lambda: running.fake.running)
+        drain = asyncio.create_task(running.gateway.drain(10.0))
+        await asyncio.sleep(0)
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 503
+        assert (await asked).status_code == 200, "what runs may end"
+        await drain
 
 
 async def test_paths_and_methods_that_are_not_served() -> None:
@@ -139,6 +153,19 @@ async def test_certificates_and_new_ones(tmp_path: Path) -> None:
         async with httpx.AsyncClient() as stranger:
             with pytest.raises(httpx.ConnectError):
                 await stranger.get(f"{url}/health")
+        # Of another CA, which only who has it trusts: in force without a restart.
+        make_certs(tmp_path / "new", ["localhost", "127.0.0.1"], days=1)
+        for file in (tmp_path / "new" / "clients").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        renewed = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+        for _ in range(50):
+            await asyncio.sleep(0.1)
+            async with httpx.AsyncClient(verify=renewed) as client:
+                with contextlib.suppress(httpx.ConnectError):
+                    assert (await client.get(f"{url}/health")).status_code == 200
+                    break
+        else:
+            raise AssertionError("the new certificate is never shown")
 
 
 async def test_a_port_that_is_taken_or_wrong() -> None:
