@@ -42,6 +42,11 @@ class InvalidArgument(TandemError):
         self.value = shown
         self.expected = expected
 
+    def rename(self, field: str) -> None:
+        """For callers who know the field by another name."""
+        self.field = field
+        self.args = (f"{field}: got {self.value}, expected {self.expected}",)
+
 
 class Unauthenticated(TandemError):
     """Nobody knows who is calling. The text is for the caller and helps nobody to guess; `detail` says for this side's

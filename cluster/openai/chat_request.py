@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -73,18 +74,9 @@ class ChatRequest(SamplingFields):
             raise InvalidArgument("top_logprobs", self.top_logprobs, "none where logprobs is not true")
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return GenerateRequest(
-            request_id,
-            _turns(self.messages),
-            self.sampling(1 if longest is None else longest, logprobs),
-            model=self.model,
-            salt=(self.cache_salt or "").encode(),
-            objectives=objectives,
-            slo_class=self.slo_class or "",
-            on_failure=self.on_failure or "",
-            tenant=tenant,
-            fills_context=longest is None,
-        )
+        params = self.sampling(1 if longest is None else longest, logprobs)
+        request = self.asks(request_id, _turns(self.messages), params, objectives, tenant)
+        return replace(request, fills_context=longest is None)
 
 
 def part_text(part: Part, field: str) -> str:

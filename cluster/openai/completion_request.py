@@ -55,17 +55,7 @@ class CompletionRequest(SamplingFields):
         params = self.sampling(longest, self.logprobs)
         prompts = self.prompts()
         return [
-            GenerateRequest(
-                request_id if len(prompts) == 1 else f"{request_id}-{index}",
-                prompt,
-                params,
-                model=self.model,
-                salt=(self.cache_salt or "").encode(),
-                objectives=objectives,
-                slo_class=self.slo_class or "",
-                on_failure=self.on_failure or "",
-                tenant=tenant,
-            )
+            self.asks(request_id if len(prompts) == 1 else f"{request_id}-{index}", prompt, params, objectives, tenant)
             for index, prompt in enumerate(prompts)
         ]
 

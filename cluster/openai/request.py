@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.messages import GenerateRequest, Message
 from cluster.openai.structure import StructureFields
 from engine.errors import InvalidArgument, TandemError
 from engine.objectives import Objectives
@@ -22,6 +23,7 @@ Text = Annotated[str, Field(max_length=1 << 20)]
 MANY = 4096
 # Of the gateway's fields that headers stand for, their names.
 NAMES = {"objectives.ttft_ms": "x-slo-ttft-ms", "objectives.tpot_ms": "x-slo-tpot-ms", "request_id": "x-request-id"}
+Prompt: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -85,6 +87,22 @@ class SamplingFields(StructureFields):
         if self.stream_options is not None and not self.stream:
             raise InvalidArgument("stream_options", "options", "none where stream is not true")
 
+    def asks(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, objectives: Objectives, tenant: str
+    ) -> GenerateRequest:
+        """The gateway's request for one prompt."""
+        return GenerateRequest(
+            request_id,
+            prompt,
+            params,
+            model=self.model,
+            salt=(self.cache_salt or "").encode(),
+            objectives=objectives,
+            slo_class=self.slo_class or "",
+            on_failure=self.on_failure or "",
+            tenant=tenant,
+        )
+
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """How to draw. Raises InvalidArgument for a `logit_bias` whose keys are no token ids."""
         given = {
@@ -124,13 +142,10 @@ def objectives(headers: Mapping[str, str]) -> Objectives:
 def told(error: TandemError, names: Mapping[str, str]) -> TandemError:
     """The gateway's complaint about a request, with its field as HTTP's clients know it. `names`: where that differs by
     more than the prefix `sampling_params.`."""
-    if not isinstance(error, InvalidArgument):
-        return error
-    field = error.field.removeprefix("sampling_params.")
-    renamed = InvalidArgument(names.get(field, field), "", error.expected)
-    renamed.args = (f"{renamed.field}: got {error.value}, expected {error.expected}",)
-    renamed.value = error.value
-    return renamed
+    if isinstance(error, InvalidArgument):
+        field = error.field.removeprefix("sampling_params.")
+        error.rename(names.get(field, field))
+    return error
 
 
 def _seconds(headers: Mapping[str, str], name: str) -> float | None:
