@@ -33,7 +33,8 @@ class GrpcDecodeTransport:
 
     @asynccontextmanager
     async def attach(self, address: str) -> AsyncIterator[GrpcDecodeSession]:
-        """Raises Unavailable when the worker cannot be reached or does not answer; leaving ends the stream. One that
+        """Raises Unavailable when the worker cannot be reached or does not answer; leaving ends the stream. What a
+        worker refuses with shows here or in the first frame asked for, whichever gRPC learns first. One that
         speaks no version of the protocol that is spoken here shows as VersionMismatch, in the first frame asked for at
         the latest."""
         with self._channels.use(address) as channel:

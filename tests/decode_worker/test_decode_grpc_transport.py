@@ -43,7 +43,8 @@ ERRORS = [
 
 
 class Service:
-    """A DecodeService that records commands and, for each, yields all of `frames`."""
+    """A DecodeService that records commands and, for each, yields all of `frames`; with an `error`, yields them once
+    and fails."""
 
     def __init__(self, frames: list[TokenFrame] = FRAMES, error: Exception | None = None) -> None:
         self.frames = frames
@@ -55,6 +56,8 @@ class Service:
     async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
         try:
             if self.error is not None:
+                for frame in self.frames:
+                    yield frame
                 raise self.error
             async for command in commands:
                 self.commands.append(command)
@@ -247,11 +250,21 @@ async def test_a_worker_that_comes_back_is_found_again():
     await second.stop()
 
 
-async def test_a_service_that_refuses_says_why_in_the_frames():
-    service = Service(error=Overloaded("draining", 9.0))
-    async with serving(service) as (address, transport), transport.attach(address) as session:
+async def test_a_service_that_refuses_says_why():
+    """While it is attached to or with the first frame: whichever is earlier, the call's end or its metadata."""
+    async with serving(Service([], Overloaded("draining", 9.0))) as (address, transport):
         with pytest.raises(Overloaded, match="draining"):
-            await anext(session.frames())
+            async with transport.attach(address) as session:
+                await anext(session.frames())
+
+
+async def test_a_service_that_fails_says_why_in_the_frames_and_no_more_is_sent_to_it():
+    service = Service(FRAMES, Overloaded("draining", 9.0))
+    async with serving(service) as (address, transport), transport.attach(address) as session:
+        frames = session.frames()
+        assert [await anext(frames) for _ in FRAMES] == FRAMES
+        with pytest.raises(Overloaded, match="draining"):
+            await anext(frames)
 
         async def send_on() -> None:
             # What is sent before the end of the call is known here is lost, as on any link.

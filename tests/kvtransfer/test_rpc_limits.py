@@ -135,7 +135,7 @@ async def test_a_call_that_lasts_too_long_is_ended_whatever_it_does(frames):
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "the call, which may take 0.3 s" in str(caught.value.details())
         await channels.close()
-        assert tasks_of_calls() == 0
+        await eventually(lambda: tasks_of_calls() == 0)
 
 
 async def test_a_request_that_never_comes_holds_its_call_for_a_bounded_time():
