@@ -65,6 +65,10 @@ class Answer:
             for choice in self._choices
         )
 
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Of every choice, `abort` for one without an end."""
+        return tuple(choice.finish_reason or FinishReason.ABORT for choice in self._choices)
+
     def choices(self) -> tuple[Choice, ...]:
         """Every choice as far as it got; one without an end has the reason `abort`."""
         return tuple(choice.freeze() for choice in self._choices)

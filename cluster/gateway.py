@@ -4,7 +4,7 @@
                  (intake.py)           (admission.py)   (dispatcher.py)               (answer.py)
 
 All that a request holds (its id, its place, its booking, its run on a worker) belongs to `generate`'s generator and
-goes with it, however that ends. How it ended is counted (outcomes.py). Plain asyncio: knows neither gRPC nor HTTP.
+goes with it, however that ends. How it ended is told (endings.py). Plain asyncio: knows neither gRPC nor HTTP.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cluster.answer import Answer
 from cluster.breakers import Breakers
 from cluster.cluster_status import cluster_status
 from cluster.dispatcher import Dispatcher
+from cluster.endings import Endings
 from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
 from cluster.gateway_seams import RoleController, Tickets
@@ -29,7 +30,7 @@ from cluster.intake import fitted, intake_chars, prompt_token_ids
 from cluster.ledger import Ledger
 from cluster.links import SHUTTING_DOWN, DecodeLinks, Mailbox
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
-from cluster.outcomes import Outcome, Outcomes, Reason
+from cluster.outcomes import Outcomes
 from cluster.prefix_index import PrefixIndex
 from cluster.registry import HeartbeatReply, Registry, WorkerReport
 from cluster.request_ids import RequestIds
@@ -42,7 +43,7 @@ from cluster.security.quotas import Quotas
 from cluster.security.tenant_salts import TenantSalts
 from cluster.text_queue import TextQueue
 from decode_worker.stream import Delta, Done, Event, Failed, Submit
-from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError, Unavailable
+from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
 from engine.tokenizer import Tokenizer
 
 
@@ -92,6 +93,7 @@ class Gateway:
         self._breakers = Breakers(self.view, rng, failures.shun_s, failures.max_shun_s, lambda: self._dispatcher.news())
         self._failures = Failures(failures, self.view, self._breakers, links, rng)
         self._ledger = Ledger(self.view, self.router, self._breakers)
+        self.endings = Endings(self.outcomes, self._ledger, controller)
         self._dispatcher = Dispatcher(self.view, self.router, self._ledger, rng, config.router.lead_s)
         self._request_ids = RequestIds(rng)
         self._is_draining = False
@@ -107,7 +109,7 @@ class Gateway:
             raise Unavailable(SHUTTING_DOWN)
         run = await self._start(request)
         try:
-            with self._request_ids.own(request.tenant, request.request_id) as request_id:
+            with self._request_ids.own(request.tenant, request.request_id) as run.request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:
                     while not run.is_over:
                         # What a worker has had is worth more waiting than what can be told to come again.
@@ -115,7 +117,7 @@ class Gateway:
                         booking = await self._dispatcher.place(run.query(), run.deadline_s, wait_s)
                         failure: TandemError | None = None
                         try:
-                            async with aclosing(self._attempt(run, booking, request_id, place)) as chunks:
+                            async with aclosing(self._attempt(run, booking, place)) as chunks:
                                 async for chunk in chunks:
                                     yield chunk
                         except TandemError as error:
@@ -124,13 +126,13 @@ class Gateway:
                             self._end(booking)
                         if failure is not None:
                             await self._failures.recover(run, booking, failure)
-        except TandemError as error:
-            self._count(run, _reason(error))
+        except BaseException as error:
+            self.endings.broke_off(run, error)
             raise
         finally:
             run.charge.settle(run.used_tokens, asyncio.get_running_loop().time())
         # Only now, with nothing held any more: a reader may take its time over the last part.
-        self._count(run, "finished")
+        self.endings.finished(run)
         yield run.complete()
 
     def heartbeat(self, report: WorkerReport) -> HeartbeatReply:
@@ -224,13 +226,13 @@ class Gateway:
             return math.inf
         return run.arrived_s + run.objectives.ttft_s
 
-    async def _attempt(self, run: Run, booking: Booking, request_id: str, place: Place) -> AsyncGenerator[Chunk, None]:
+    async def _attempt(self, run: Run, booking: Booking, place: Place) -> AsyncGenerator[Chunk, None]:
         """Hands a run to a worker, for what is missing of its answer. Raises what the worker, or its loss, ends it
         with."""
         run.booking = booking
         if run.seed is None:
             run.seed = self._rng.getrandbits(63)
-        submit = run.submit(booking, request_id, asyncio.get_running_loop().time())
+        submit = run.submit(booking, asyncio.get_running_loop().time())
         notice = partial(self._notice, run, booking, place)
         link = self._links.submit(booking.route.decode_address, submit, notice, partial(self._ticket, booking))
         async with link as mailbox, _deadline(run, mailbox):
@@ -281,24 +283,6 @@ class Gateway:
         self._ledger.end(booking, asyncio.get_running_loop().time())
         self._dispatcher.news()
 
-    def _count(self, run: Run, reason: Reason | None) -> None:
-        if reason is None:
-            return
-        answer, booking = run.answer, run.booking
-        ttft_s = None if answer.first_s is None else answer.first_s - run.arrived_s
-        tpot_s = answer.tpot_s if reason == "finished" else None
-        was_local = booking is not None and booking.route.is_local
-        now = asyncio.get_running_loop().time()
-        self.outcomes.add(Outcome(now, run.objectives, ttft_s, tpot_s, was_local, reason))
-        if reason != "finished" or booking is None:
-            return
-        params, cached_tokens = run.request.params, run.done.cached_tokens if run.done is not None else 0
-        self._ledger.finished(booking, answer.tpot_s, answer.token_count // params.n)
-        if self.controller is not None:
-            self.controller.answered(
-                len(run.token_ids), cached_tokens, params.n * params.max_tokens, answer.token_count
-            )
-
 
 @asynccontextmanager
 async def _deadline(run: Run, mailbox: Mailbox) -> AsyncIterator[None]:
@@ -313,15 +297,3 @@ async def _deadline(run: Run, mailbox: Mailbox) -> AsyncIterator[None]:
     finally:
         if timer is not None:
             timer.cancel()
-
-
-def _reason(error: TandemError) -> Reason | None:
-    """What an error means for the attainment; None where the request itself was at fault."""
-    match error:
-        case InvalidArgument() | NotFound():
-            return None
-        case Overloaded():
-            return "rejected"
-        case DeadlineExceeded():
-            return "expired"
-    return "failed"

@@ -1,7 +1,7 @@
 """How requests ended, and which share of them met their objectives lately.
 
 A request counts from the moment it came in good order. Rejected, failed and expired ones have met nothing; one that its
-client gave up counts as nothing at all.
+client gave up, or that a worker found to be at fault itself, counts as nothing at all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Literal
 
 from engine.objectives import Objectives
 
-Reason = Literal["finished", "rejected", "failed", "expired"]
+Reason = Literal["finished", "rejected", "failed", "expired", "cancelled", "invalid"]
+NOT_COUNTED = ("cancelled", "invalid")
 MAX_OUTCOMES = 1 << 16
 
 
@@ -59,6 +60,8 @@ class Outcomes:
         self.rejected_count = 0
 
     def add(self, outcome: Outcome) -> None:
+        if outcome.reason in NOT_COUNTED:
+            return
         self.finished_count += outcome.reason == "finished"
         self.rejected_count += outcome.reason == "rejected"
         self._recent.append(outcome)

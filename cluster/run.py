@@ -24,7 +24,8 @@ from engine.request import Receipt
 @dataclass(slots=True)
 class Run:
     """`seed` is the request's own, or was drawn for it: every attempt has the same, so that its draws go on. Times are
-    of the gateway's clock; `handed_over_s` is when a worker got it first, `submitted_s` when one got it last."""
+    of the gateway's clock; `handed_over_s` is when a worker got it first, `submitted_s` when one got it last.
+    `request_id` is "" until one was taken for it."""
 
     request: GenerateRequest
     token_ids: tuple[int, ...]
@@ -42,6 +43,7 @@ class Run:
     handed_back: int = 0
     retries: int = 0
     done: Done | None = None
+    request_id: str = ""
 
     def __post_init__(self) -> None:
         self.seed = self.request.params.seed
@@ -91,7 +93,7 @@ class Run:
             is_resumed=self.is_resumed,
         )
 
-    def submit(self, booking: Booking, request_id: str, now: float) -> Submit:
+    def submit(self, booking: Booking, now: float) -> Submit:
         """What to hand to the worker of `booking`. Raises DeadlineExceeded."""
         assert self.seed is not None, "a seed is drawn before the first attempt"
         self.submitted_s = now
@@ -104,7 +106,7 @@ class Run:
         token_ids = self._tokens_so_far()
         has_many = self.is_resumed and self.request.params.n > 1
         return Submit(
-            request_id=request_id,
+            request_id=self.request_id,
             token_ids=token_ids,
             params=self.request.params,
             seed=self.seed,
@@ -118,10 +120,14 @@ class Run:
         )
 
     def complete(self) -> Complete:
-        """Without `done` a stop string ended the answer here, and the worker's part of the receipt is not known."""
-        assert self.booking is not None, "somebody has answered it"
+        """The whole answer."""
+        return Complete(self.answer.choices(), self.usage(), self.receipt())
+
+    def receipt(self) -> Receipt:
+        """As far as it got. Without `done` it was ended from here, and the worker's part is not known."""
+        assert self.booking is not None, "some worker has had it"
         answer, done, route = self.answer, self.done, self.booking.route
-        receipt = replace(
+        return replace(
             done.receipt if done is not None else Receipt(),
             gateway_queue_s=self.handed_over_s - self.arrived_s,
             ttft_s=0.0 if answer.first_s is None else answer.first_s - self.arrived_s,
@@ -133,9 +139,9 @@ class Run:
             predicted_ttft_s=route.predicted_ttft_s,
             predicted_tpot_s=route.predicted_tpot_s,
         )
-        return Complete(answer.choices(), self._usage(), receipt)
 
-    def _usage(self) -> Usage:
+    def usage(self) -> Usage:
+        """The tokens so far."""
         prompt_tokens = len(self.token_ids)
         # A worker that went on with it may have found more than the prompt in its cache.
         cached_tokens = min(self.done.cached_tokens if self.done is not None else 0, prompt_tokens - 1)

@@ -50,11 +50,12 @@ async def serving(
     workers: tuple[str, ...] = ("p", "d"),
     config: GatewayConfig = CONFIG,
     salts: TenantSalts | None = None,
+    rng: random.Random | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway over `fake`; on leaving, nothing may be held anywhere."""
     links = DecodeLinks(fake)
     registry = Registry(config.fresh_s, config.expire_s)
-    gateway = Gateway(TOKENIZER, MODEL, registry, links, config, random.Random(1), salts=salts)
+    gateway = Gateway(TOKENIZER, MODEL, registry, links, config, rng or random.Random(1), salts=salts)
     for name in workers:
         gateway.heartbeat(report(name))
     yield gateway
