@@ -205,7 +205,7 @@ class Gateway:
         token_ids = await self.texts.run(intake_chars(request), intake)
         # Its text has been of use, and may be long.
         room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)
-        request = replace(fitted(request, room_tokens), prompt=())
+        request = replace(fitted(request, room_tokens), prompt=(), tools=())
         objectives = self._config.objectives_of(request.objectives, request.slo_class)
         on_failure = self._config.on_failure_of(request.on_failure)
         allowed_s = request.deadline_s or self._config.default_deadline_s or math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -11,6 +12,7 @@ from cluster.text_queue import SHORT_CHARS
 from engine.errors import InvalidArgument, NotFound
 from engine.request_checks import check_token_ids
 from engine.tokenizer import Tokenizer
+from engine.tools import Tool
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_SALT_BYTES = 256
@@ -32,7 +34,7 @@ def prompt_token_ids(
         check_structure(params.structure)
     if params.stop and tokenizer is None:
         raise InvalidArgument("sampling_params.stop", params.stop, "none: this gateway has no tokenizer")
-    field, token_ids = _encode(request.prompt, tokenizer, max_prompt_chars)
+    field, token_ids = _encode(request.prompt, request.tools, tokenizer, max_prompt_chars)
     if not token_ids:
         raise InvalidArgument(field, request.prompt, "a prompt of at least one token")
     _check_length(field, len(token_ids), 1 if request.fills_context else params.max_tokens, model.max_context)
@@ -49,17 +51,19 @@ def fitted(request: GenerateRequest, room_tokens: int) -> GenerateRequest:
 
 def intake_chars(request: GenerateRequest) -> int:
     """What a request takes to look at, as characters to tokenize: a structure may take as long as a long text."""
-    chars = text_chars(request.prompt)
+    chars = text_chars(request.prompt, request.tools)
     return chars if request.params.structure is None else chars + SHORT_CHARS + 1
 
 
-def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...]) -> int:
+def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...], tools: Sequence[Tool] = ()) -> int:
     """Characters of a prompt that are to be tokenized."""
     if isinstance(prompt, str):
         return len(prompt)
     # Of token ids the first says enough: a prompt never mixes them with messages.
     is_chat = bool(prompt) and isinstance(prompt[0], Message)
-    return sum(len(turn.role) + len(turn.content) for turn in cast(tuple[Message, ...], prompt)) if is_chat else 0
+    if not is_chat:
+        return 0
+    return sum(turn.chars for turn in cast(tuple[Message, ...], prompt)) + sum(tool.chars for tool in tools)
 
 
 def _check_small_fields(request: GenerateRequest) -> None:
@@ -73,7 +77,10 @@ def _check_small_fields(request: GenerateRequest) -> None:
 
 
 def _encode(
-    prompt: str | tuple[int, ...] | tuple[Message, ...], tokenizer: Tokenizer | None, max_prompt_chars: int
+    prompt: str | tuple[int, ...] | tuple[Message, ...],
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer | None,
+    max_prompt_chars: int,
 ) -> tuple[str, tuple[int, ...]]:
     """(the field that held the prompt, by its name in inference.proto; its token ids)"""
     if isinstance(prompt, str):
@@ -84,9 +91,9 @@ def _encode(
         return "token_ids", cast(tuple[int, ...], prompt)
     messages = [turn for turn in prompt if isinstance(turn, Message)]
     assert len(messages) == len(prompt), "a prompt mixes messages and token ids"
-    _check_chars("messages", text_chars(prompt), max_prompt_chars)
-    turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-    return "messages", tuple(_needed("messages", tokenizer).encode_chat(turns))
+    _check_chars("messages", text_chars(prompt, tools), max_prompt_chars)
+    turns = [turn.described() for turn in messages]
+    return "messages", tuple(_needed("messages", tokenizer).encode_chat(turns, tools=tools))
 
 
 def _needed(field: str, tokenizer: Tokenizer | None) -> Tokenizer:

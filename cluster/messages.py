@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.batch import Sampled
 from engine.objectives import NO_OBJECTIVES, Objectives
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
+from engine.tools import Tool, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat. `role` is what the model's chat template knows: mostly system, user, assistant."""
+    """One turn of a chat. `role` is what the model's chat template knows: mostly system, user, assistant, tool.
+    `tool_calls` are what the assistant asked for, `tool_call_id` says which of them a tool's turn answers."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+    @property
+    def chars(self) -> int:
+        """Characters of it that are to be tokenized, but for those that the template adds."""
+        calls = sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
+        return len(self.role) + len(self.content) + calls
+
+    def described(self) -> dict[str, Any]:
+        """As chat templates want it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.described() for call in self.tool_calls]
+        if self.tool_call_id:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +46,7 @@ class GenerateRequest:
     taken from the gateway's class `slo_class`, then from its configuration. `on_failure`: what becomes of it when a
     worker is lost ("recompute", "retry", "fail"), "" for the gateway's default. `tenant`: whose request it is, "" where
     nobody is told apart. `fills_context`: the answer may be as long as the model's context allows, whatever
-    `params.max_tokens` says."""
+    `params.max_tokens` says. `tools`: what a chat's answer may call."""
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[Message, ...] = field(repr=False)
@@ -39,6 +59,7 @@ class GenerateRequest:
     on_failure: str = ""
     tenant: str = ""
     fills_context: bool = False
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from cluster.intake import text_chars
 from cluster.messages import Message
 from engine.errors import InvalidArgument
 from engine.tokenizer import Tokenizer
+from engine.tools import Tool
 
 
 class TokenizeCalls:
@@ -25,11 +26,11 @@ class TokenizeCalls:
         self._check("text", len(text))
         return await self._gateway.texts.run(len(text), partial(tokenizer.encode, text, add_special_tokens))
 
-    async def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
+    async def encode_chat(self, messages: tuple[Message, ...], tools: Sequence[Tool] = ()) -> list[int]:
         tokenizer = self._tokenizer()
-        self._check("messages", chars := text_chars(messages))
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        return await self._gateway.texts.run(chars, partial(tokenizer.encode_chat, turns))
+        self._check("messages", chars := text_chars(messages, tools))
+        turns = [turn.described() for turn in messages]
+        return await self._gateway.texts.run(chars, partial(tokenizer.encode_chat, turns, tools=tools))
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         self._check("token_ids", len(token_ids))

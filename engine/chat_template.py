@@ -12,13 +12,14 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from engine.errors import InvalidArgument, ModelFileError
+from engine.tools import HERMES, Tool, syntax_of, told_of
 
 # What a template sees as today unless the caller says otherwise: equal requests give equal prompts on any day.
 FIXED_NOW = datetime(2025, 1, 1)
@@ -27,27 +28,39 @@ TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Ari
 
 
 class ChatTemplate:
-    """Compiled once. `special_tokens` are names that the template may use, such as bos_token → "<s>"."""
+    """Compiled once. `special_tokens` are names that the template may use, such as bos_token → "<s>".
+    `tool_syntax` is how the model is to write calls of tools."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
         """`where` names the file in errors. Raises ModelFileError for a template that cannot be parsed."""
         self.source = source
         self._special_tokens = dict(special_tokens)
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelFileError(where, f"its chat template is not valid Jinja: {error}") from error
+        own = syntax_of(source) if takes_tools else None
+        self.tool_syntax = own or HERMES
+        self._knows_tools = own is not None
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], now: datetime = FIXED_NOW, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        now: datetime = FIXED_NOW,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] = (),
     ) -> str:
-        """The prompt's text, special tokens spelled out. Raises InvalidArgument for messages it cannot take."""
+        """The prompt's text, special tokens spelled out. `messages` may have OpenAI's `tool_calls` and `tool_call_id`.
+        Raises InvalidArgument for messages it cannot take."""
         check_messages(messages)
+        turns = [dict(message) for message in messages] if self._knows_tools else told_of(tools, messages)
         try:
             return self._template.render(
                 self._special_tokens,
-                messages=[dict(message) for message in messages],
-                tools=None,
+                messages=turns,
+                tools=[tool.described() for tool in tools] if tools and self._knows_tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=now.strftime,
@@ -58,7 +71,7 @@ class ChatTemplate:
             ) from error
 
 
-def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises InvalidArgument unless there is at least one message and each has a role and a content, both strings."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
         raise InvalidArgument("messages", messages, "a list of at least one message")

@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 
 from engine.detokenizer import token_bytes
 from engine.errors import InvalidArgument, TandemError
-from engine.structure import Mask, Structure
+from engine.structure import JSON_LAYOUT, Mask, Structure
 from engine.tokenizer import Tokenizer
 
 # Grammars that are ready to begin, and answers under way.
@@ -28,8 +28,6 @@ GRAMMARS_KEPT = 128
 MATCHERS_KEPT = 1024
 # llguidance's own bounds of what compiling and one step may cost; its messages without the state of its parser.
 LIMITS = LLParserLimits(verbose_errors=False)
-# JSON on one line, as models write it when nobody asks for more: else small models can go on with spaces for ever.
-JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def check_structure(structure: Structure, field: str = "sampling_params.structure") -> None:

@@ -14,6 +14,8 @@ from engine.errors import InvalidArgument
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 KINDS = get_args(Kind)
 MAX_STRUCTURE_CHARS = 1 << 16
+# JSON on one line, as models write it when nobody asks for more: else small models can go on with spaces for ever.
+JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 Mask: TypeAlias = np.ndarray[tuple[int], np.dtype[np.bool_]]
 

@@ -23,6 +23,7 @@ from engine.fields import Fields
 from engine.gguf_file import GGUFFile
 from engine.json_file import read_json_object
 from engine.model_source import ModelFiles
+from engine.tools import HERMES, Tool, ToolSyntax
 
 # Steps of a decoder whose output for a run of tokens is known before the tokens after it are (see detokenizer.py).
 KNOWN_DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")
@@ -78,8 +79,21 @@ class Tokenizer:
         _check_text("text", text)
         return self._encode(text, add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], now: datetime = FIXED_NOW) -> list[int]:
-        """Token ids of the conversation, ready for the assistant's answer. `now` is what the template may print.
+    @property
+    def tool_syntax(self) -> ToolSyntax:
+        """How the model is to write calls of tools."""
+        return self._chat_template.tool_syntax if self._chat_template is not None else HERMES
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so; None where there is none."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], now: datetime = FIXED_NOW, tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Token ids of the conversation, ready for the assistant's answer. `now` is what the template may print,
+        `tools` what the answer may call.
 
         Raises InvalidArgument for malformed messages, and where the model has no chat template.
         """
@@ -90,8 +104,10 @@ class Tokenizer:
             for key, text in message.items():
                 if isinstance(text, str):
                     _check_text(f"messages[{index}].{key}", text)
+        text = self._chat_template.render(messages, now, tools=tools)
+        _check_text("messages", text)
         # The template spells out all special tokens that are wanted.
-        return self._encode(self._chat_template.render(messages, now), add_special_tokens=False)
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; bytes that are no UTF-8 become U+FFFD. Ids without a text give nothing.

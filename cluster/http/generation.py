@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
 from starlette.requests import Request
@@ -25,6 +26,7 @@ from cluster.openai.completion_answer import CompletionAnswer
 from cluster.openai.completion_request import CompletionRequest
 from cluster.openai.request import objectives, parse, told
 from cluster.openai.token_texts import TokenTexts
+from cluster.openai.tool_reader import ToolReader
 from cluster.security.caller import Caller
 from engine.errors import InvalidArgument, TandemError
 
@@ -41,12 +43,18 @@ class Generation:
     async def chat(self, request: Request, caller: Caller) -> Response:
         asked = parse(ChatRequest, await read_body(request, self._max_body_bytes))
         request_id = self._request_id(request, caller)
-        generate = asked.generate_request(request_id, objectives(request.headers), caller.tenant)
+        tokenizer = self._gateway.tokenizer
+        generate = asked.generate_request(request_id, objectives(request.headers), caller.tenant, tokenizer)
+        reader = None
+        if generate.tools and tokenizer is not None:
+            reader = partial(ToolReader, tokenizer.tool_syntax, {tool.name for tool in generate.tools})
         answer = ChatAnswer(
             self._heading("chatcmpl", request_id),
             self._texts,
             with_logprobs=bool(asked.logprobs),
             wants_usage=asked.wants_usage,
+            reader=reader,
+            names_tool=asked.names_tool,
         )
         headers = {"x-request-id": request_id}
         if asked.stream:

@@ -14,19 +14,21 @@ from cluster.http.responses import json_response
 from cluster.inference_convert import MAX_MESSAGES
 from cluster.openai.chat_request import ChatMessage
 from cluster.openai.request import parse
+from cluster.openai.tools import MAX_TOOLS, ToolField, offered
 from cluster.security.caller import Caller
 from cluster.tokenize_calls import TokenizeCalls
 from engine.errors import NotFound
 
 
 class TokenizeRequest(BaseModel):
-    """As in vLLM: a text or a chat."""
+    """As in vLLM: a text, or a chat and what it may call."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = ""
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class ModelFacts:
             token_ids = await self._calls.encode(asked.prompt or "", asked.add_special_tokens)
         else:
             turns = tuple(message.turn(index) for index, message in enumerate(asked.messages))
-            token_ids = await self._calls.encode_chat(turns)
+            token_ids = await self._calls.encode_chat(turns, offered(asked.tools or ()))
         count = {"count": len(token_ids), "max_model_len": self._gateway.model.max_context}
         return json_response({**count, "tokens": token_ids})
 

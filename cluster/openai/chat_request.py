@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.inference_convert import MAX_MESSAGES
 from cluster.messages import GenerateRequest, Message
-from cluster.openai.request import NAMES, SamplingFields
+from cluster.openai.request import MANY, NAMES, SamplingFields
+from cluster.openai.tools import CallField, ToolFields
 from engine.errors import InvalidArgument
 from engine.objectives import Objectives
+from engine.tokenizer import Tokenizer
 
 
 class Part(BaseModel):
@@ -33,22 +35,32 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[CallField], Field(max_length=MANY)] | None = None
+    tool_call_id: str | None = None
 
     def turn(self, index: int) -> Message:
-        """Raises InvalidArgument for content that is no text."""
+        """Raises InvalidArgument for content that is no text, and for calls of tools that make no sense."""
+        where = f"messages[{index}]"
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidArgument(f"{where}.tool_calls", "calls", f"none in a turn of role {self.role!r}")
+        if self.role == "tool" and not self.tool_call_id:
+            raise InvalidArgument(f"{where}.tool_call_id", self.tool_call_id, "the id of the call that it answers")
+        calls = tuple(call.call(f"{where}.tool_calls[{at}]") for at, call in enumerate(self.tool_calls or ()))
         # Models know no developers: OpenAI's later name for the same turn.
         role = "system" if self.role == "developer" else self.role
-        return Message(role, self._text(index))
+        return Message(role, self._text(where), calls, (self.tool_call_id or "") if role == "tool" else "")
 
-    def _text(self, index: int) -> str:
+    def _text(self, where: str) -> str:
         if isinstance(self.content, str):
             return self.content
         if self.content is None:
-            raise InvalidArgument(f"messages[{index}].content", None, "text")
-        return "".join(part_text(part, f"messages[{index}].content[{at}]") for at, part in enumerate(self.content))
+            if self.tool_calls:
+                return ""
+            raise InvalidArgument(f"{where}.content", None, "text")
+        return "".join(part_text(part, f"{where}.content[{at}]") for at, part in enumerate(self.content))
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ToolFields):
     """Without `max_completion_tokens` an answer may fill the model's context."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -65,9 +77,12 @@ class ChatRequest(SamplingFields):
     def names(self) -> dict[str, str]:
         """Of the gateway's fields, what this request calls them."""
         longest = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {**NAMES, "structure": self.structure_field(), "text": "messages", "max_tokens": longest}
+        structure = "tools" if self.tools and self.tool_choice != "none" else self.structure_field()
+        return {**NAMES, "structure": structure, "text": "messages", "max_tokens": longest}
 
-    def generate_request(self, request_id: str, objectives: Objectives, tenant: str) -> GenerateRequest:
+    def generate_request(
+        self, request_id: str, objectives: Objectives, tenant: str, tokenizer: Tokenizer | None
+    ) -> GenerateRequest:
         """Raises InvalidArgument for fields that contradict each other."""
         self.check_stream_options()
         if self.top_logprobs is not None and not self.logprobs:
@@ -75,8 +90,16 @@ class ChatRequest(SamplingFields):
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         params = self.sampling(1 if longest is None else longest, logprobs)
+        tools = self.offered()
+        if tools and tokenizer is not None:
+            syntax = tokenizer.tool_syntax
+            sign_id = tokenizer.special_id(syntax.sign)
+            structure = self.calls_structure(syntax, sign_id, params.structure, self.structure_field())
+            # A sign that is no text would be left out of it.
+            skips = params.skip_special_tokens and sign_id is None
+            params = replace(params, structure=structure, skip_special_tokens=skips)
         request = self.asks(request_id, _turns(self.messages), params, objectives, tenant)
-        return replace(request, fills_context=longest is None)
+        return replace(request, fills_context=longest is None, tools=tools)
 
 
 def part_text(part: Part, field: str) -> str:
