@@ -10,6 +10,8 @@
 #   make fuzz    a million inputs for every parser of what comes from elsewhere; FUZZ_FLAGS= for fewer. Installs atheris
 #   make soak    two hours of mixed load on real processes: does anything grow, is anything left behind?
 #   make bench-first-token, bench-disconnect   what the split costs, for docs/performance.md
+#   make bench-http   what the gateway costs a token, by HTTP and by gRPC
+#   make bench-tools   answers held to 160 real tool schemas: do all that end parse and validate?
 #   make bench-engine   our engine on this CPU beside others; WRITE=1 puts the tables into docs/performance.md
 #                VLLM_PYTHON= HF_FOLDER= [VLLM_PRELOAD=] and LLAMA_BIN= GGUF= name those that are not transformers
 #   make test-gpu, bench-gpu, bench-kernels   on a machine with a GPU, where nothing has to be installed by this file:
@@ -41,7 +43,7 @@ write = $(if $(WRITE),--write $(1))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo serve soak fuzz test test-nightly test-gpu check model clean install cuda-device
-.PHONY: chaos bench-partition bench-first-token bench-disconnect bench-engine bench-kernels bench-gpu
+.PHONY: chaos bench-partition bench-first-token bench-disconnect bench-http bench-tools bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
 	@$(BIN)/tandem demo
@@ -86,6 +88,12 @@ bench-first-token: model
 
 bench-disconnect: model
 	$(BIN)/python -m bench.disconnect $(BENCH_FLAGS)
+
+bench-http: model
+	$(BIN)/python -m bench.http_overhead $(BENCH_FLAGS)
+
+bench-tools: model
+	$(BIN)/python -m bench.tool_schemas $(BENCH_FLAGS)
 
 bench-engine: model
 	$(BIN)/python -m bench.engine --dtype float32 $(call write,engine-float32) $(VLLM_FLAGS) $(BENCH_FLAGS)

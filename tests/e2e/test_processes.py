@@ -114,6 +114,28 @@ def test_answers_are_held_to_a_schema(served: Served, temperature: int):
         jsonschema.validate(json.loads(text), schema)
 
 
+def test_a_tool_that_must_be_called_is_called(served: Served):
+    with openai.OpenAI(base_url=served.openai_url, api_key="none") as client:
+        city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+        asked = {
+            "model": "",
+            "messages": [{"role": "user", "content": "What is the weather in Oslo?"}],
+            "tools": [{"type": "function", "function": {"name": "weather", "parameters": city}}],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "temperature": 0,
+            "max_tokens": 80,
+        }
+        answer = client.chat.completions.create(**asked)
+        with client.chat.completions.stream(**asked) as stream:
+            streamed = stream.get_final_completion()
+    for choice in (answer.choices[0], streamed.choices[0]):
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, call.function.name) == ("tool_calls", "weather")
+        jsonschema.validate(json.loads(call.function.arguments), city)
+    assert answer.choices[0].message.tool_calls[0].id != streamed.choices[0].message.tool_calls[0].id
+
+
 def test_closing_an_openai_stream_frees_its_kv(served: Served):
     with openai.OpenAI(base_url=served.openai_url, api_key="none") as client:
         chunks = client.completions.create(
