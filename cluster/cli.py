@@ -61,7 +61,9 @@ DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="N", help=
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        "--address", metavar="ray|none|HOST:PORT", help="A local Ray, plain processes, or an existing Ray cluster."
+        "--address",
+        metavar="ray|none|auto|HOST:PORT",
+        help="A local Ray, plain processes, or an existing Ray cluster (auto: the one of this node).",
     ),
 ]
 

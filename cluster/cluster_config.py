@@ -38,8 +38,8 @@ class ClusterConfig(BaseModel):
     )
     address: str = Field(
         "ray",
-        description="ray: a local Ray, started for this service. HOST:PORT: an existing Ray cluster. "
-        "none: plain processes on this machine.",
+        description="ray: a local Ray, started for this service. HOST:PORT: an existing Ray cluster; auto: the one of "
+        "this node. none: plain processes on this machine.",
     )
     grpc_host: str = Field(
         "",
@@ -68,6 +68,12 @@ class ClusterConfig(BaseModel):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray's strategy for the workers' bundles."
     )
+    prefill_nodes: dict[str, str] = Field(
+        {},
+        description="Labels of the Ray nodes that prefill workers may run on, as Ray's label selectors take them. "
+        "Empty: any node.",
+    )
+    decode_nodes: dict[str, str] = Field({}, description="The same of decode workers and colocated ones.")
     pin_cpus: bool = Field(
         False,
         description="Bind the threads of each worker to CPUs of its own: an equal share of engine.cpus, or of all. For "
@@ -116,8 +122,8 @@ class ClusterConfig(BaseModel):
     @field_validator("address")
     @classmethod
     def _known_address(cls, value: str) -> str:
-        if value not in ("ray", "none") and not is_host_port(value):
-            raise ValueError("ray, none, or HOST:PORT of an existing Ray cluster")
+        if value not in ("ray", "none", "auto") and not is_host_port(value):
+            raise ValueError("ray, none, auto, or HOST:PORT of an existing Ray cluster")
         return value
 
     @model_validator(mode="after")
@@ -125,6 +131,15 @@ class ClusterConfig(BaseModel):
         if self.pin_cpus and self.is_remote:
             raise ValueError(
                 "pin_cpus: got true, expected false on an existing Ray cluster: workers may share machines"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_of_a_cluster(self) -> ClusterConfig:
+        if (self.prefill_nodes or self.decode_nodes) and not self.is_remote:
+            raise ValueError(
+                "prefill_nodes and decode_nodes: got labels, expected none where all workers are on one machine "
+                f"(address: {self.address})"
             )
         return self
 
@@ -137,6 +152,11 @@ class ClusterConfig(BaseModel):
             raise ValueError(
                 "controller.enabled: got true, expected false where prefill_parallel and decode_parallel differ: a "
                 "worker that changes its role keeps its ranks"
+            )
+        if self.prefill_nodes != self.decode_nodes:
+            raise ValueError(
+                "controller.enabled: got true, expected false where prefill_nodes and decode_nodes differ: a worker "
+                "that changes its role stays on its node"
             )
         for name, least in (("prefill", controller.min_prefill), ("decode", controller.min_decode)):
             if getattr(self, name) < least:
@@ -167,6 +187,10 @@ class ClusterConfig(BaseModel):
         if self.http_port is not None:
             return self.http_port
         return HTTP_PORT if self.grpc_port else 0
+
+    def nodes_of(self, role: str) -> dict[str, str]:
+        """Labels of the Ray nodes that workers of `role` start on."""
+        return self.prefill_nodes if role == "prefill" else self.decode_nodes
 
     @property
     def is_remote(self) -> bool:

@@ -28,12 +28,12 @@ from cluster.actors import RankActor, WorkerActor
 from cluster.config import TandemConfig, to_json
 from cluster.environment import worker_variables
 from cluster.fleet import Log
-from cluster.ray_address import check_reachable
+from cluster.ray_address import check_reachable, find_address
 from cluster.ray_seats import RaySeats, Seat
 from cluster.ray_thread import RayThread
 from cluster.registry import Role
 from cluster.restarts import Restarts
-from cluster.worker_config import most_ranks, ranks_of, worker_config
+from cluster.worker_config import most_ranks, worker_config
 from cluster.worker_spec import WorkerNames, WorkerSpec, worker_names
 from engine.errors import ConfigError, NotFound, TandemError, Unavailable
 
@@ -76,8 +76,9 @@ class RayFleet:
 
     async def open(self) -> str:
         if self._config.cluster.is_remote:
-            await check_reachable(self._config.cluster.address)
-            await self._ray.call(self._join)
+            address = await self._ray.call(find_address, self._config.cluster.address)
+            await check_reachable(address)
+            await self._ray.call(self._join, address)
             return str(await self._ray.call(ray.util.get_node_ip_address))
         await self._ray.call(self._start_local)
         return "127.0.0.1"
@@ -85,8 +86,8 @@ class RayFleet:
     async def start(self, gateway: str) -> None:
         self._gateway = gateway
         names = worker_names(self._config.cluster)
-        ranks = [ranks_of(self._config, role) for role, _ in names]
-        for (role, worker_id), seat in zip(names, await self._seats.take(ranks), strict=True):
+        seats = await self._seats.take([role for role, _ in names])
+        for (role, worker_id), seat in zip(names, seats, strict=True):
             await self._seat(role, worker_id, seat)
         for hand in self._hands.values():
             self._watch(hand)
@@ -102,11 +103,10 @@ class RayFleet:
         return worker_id in self._hands
 
     async def add(self, role: Role) -> str:
-        ranks = ranks_of(self._config, role)
-        seat = next((seat for seat in self._free if seat.ranks == ranks), None)
+        seat = next((seat for seat in self._free if self._seats.suits(seat, role)), None)
         if seat is None:
             there = sum(hand.seat.ranks for hand in self._hands.values())
-            (seat,) = await self._seats.take([ranks], there)
+            (seat,) = await self._seats.take([role], there)
         else:
             self._free.remove(seat)
         hand = await self._seat(role, self._names.next(role), seat, is_extra=True)
@@ -185,8 +185,7 @@ class RayFleet:
             _node_ip_address="127.0.0.1",
         )
 
-    def _join(self) -> None:
-        address = self._config.cluster.address
+    def _join(self, address: str) -> None:
         self._connect(address, f"--address {address}: cannot join this Ray cluster")
 
     @staticmethod

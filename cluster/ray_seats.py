@@ -12,6 +12,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from cluster.config import TandemConfig
 from cluster.ray_thread import RayThread
+from cluster.registry import Role
+from cluster.worker_config import ranks_of
 from engine.errors import ConfigError
 
 # For a Ray of our own, which has its resources at once; a cluster may have to start machines first.
@@ -21,12 +23,14 @@ PLACE_POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """The bundles of one worker's ranks: `ranks` of them in `group` from `first` on, `bundle` the resources of each."""
+    """The bundles of one worker's ranks: `ranks` of them in `group` from `first` on, `bundle` the resources of each, on
+    nodes with the labels `nodes`."""
 
     group: PlacementGroup
     first: int
     ranks: int
     bundle: dict[str, float]
+    nodes: dict[str, str]
 
 
 class RaySeats:
@@ -37,13 +41,22 @@ class RaySeats:
         self._ray = ray_thread
         self._groups: list[PlacementGroup] = []
 
-    async def take(self, ranks: Sequence[int], there: int = 0) -> list[Seat]:
-        """Seats in one new group for workers of so many ranks each; `there`: ranks that the service has already.
+    async def take(self, roles: Sequence[Role], there: int = 0) -> list[Seat]:
+        """Seats in one new group for workers of these roles; `there`: ranks that the service has already.
         Raises ConfigError where there is no room."""
+        ranks = [ranks_of(self._config, role) for role in roles]
+        nodes = [self._config.cluster.nodes_of(role) for role in roles]
         bundle = await self._ray.call(self._bundle, there + sum(ranks))
-        group = await self._place([bundle] * sum(ranks), ranks)
+        group = await self._place(bundle, ranks, nodes)
         firsts = itertools.accumulate(ranks, initial=0)
-        return [Seat(group, first, count, bundle) for count, first in zip(ranks, firsts, strict=False)]
+        return [
+            Seat(group, first, count, bundle, labels)
+            for count, labels, first in zip(ranks, nodes, firsts, strict=False)
+        ]
+
+    def suits(self, seat: Seat, role: Role) -> bool:
+        """Whether a worker of `role` may have a seat that another one had."""
+        return seat.ranks == ranks_of(self._config, role) and seat.nodes == self._config.cluster.nodes_of(role)
 
     def give_back(self) -> None:
         """Call in Ray's thread."""
@@ -52,9 +65,11 @@ class RaySeats:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _place(self, bundles: list[dict[str, float]], ranks: Sequence[int]) -> PlacementGroup:
+    async def _place(
+        self, bundle: dict[str, float], ranks: Sequence[int], nodes: Sequence[dict[str, str]]
+    ) -> PlacementGroup:
         """Waits for the bundles, and meanwhile leaves Ray's thread to others. Raises ConfigError."""
-        group, too_many = await self._ray.call(self._ask_for, bundles, ranks)
+        group, too_many = await self._ray.call(self._ask_for, bundle, ranks, nodes)
         cluster = self._config.cluster
         clock = asyncio.get_running_loop().time
         give_up_s = clock() + (cluster.start_timeout_s if cluster.is_remote else PLACE_LOCAL_S)
@@ -79,21 +94,29 @@ class RaySeats:
         bundle = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
         return {name: amount for name, amount in bundle.items() if amount > 0}
 
-    def _ask_for(self, bundles: list[dict[str, float]], ranks: Sequence[int]) -> tuple[PlacementGroup, ConfigError]:
+    def _ask_for(
+        self, bundle: dict[str, float], ranks: Sequence[int], nodes: Sequence[dict[str, str]]
+    ) -> tuple[PlacementGroup, ConfigError]:
         """Bundles that are still to be placed, and what to raise if they are not."""
-        cluster = self._config.cluster
-        if not bundles[0]:
+        cluster, count = self._config.cluster, sum(ranks)
+        if not bundle:
             raise ConfigError("cluster.cpus_per_worker: got 0, expected more than 0 where workers get no GPU")
         what = "workers" if max(ranks) == 1 else "ranks of workers"
+        labels = " and ".join(sorted({f"{labels}" for labels in nodes if labels}))
         too_many = ConfigError(
-            f"cluster: got {len(bundles)} {what} of {bundles[0]} each ({cluster.placement}), expected no more than "
-            f"the Ray cluster can place: it has {_resources()}"
+            f"cluster: got {count} {what} of {bundle} each ({cluster.placement}), expected no more than "
+            f"the Ray cluster can place: it has {_resources()}{f', on nodes with {labels}' if labels else ''}"
         )
-        needed = {name: amount * len(bundles) for name, amount in bundles[0].items()}
+        needed = {name: amount * count for name, amount in bundle.items()}
         # A Ray of our own never grows, so there is nothing to wait for.
         if not cluster.is_remote and any(_resources().get(name, 0.0) < amount for name, amount in needed.items()):
             raise too_many
-        return placement_group(bundles, strategy=cluster.placement), too_many
+        selectors = [of for of, times in zip(nodes, ranks, strict=True) for _ in range(times)]
+        try:
+            group = placement_group([bundle] * count, cluster.placement, bundle_label_selector=selectors)
+        except ValueError as error:
+            raise ConfigError(f"cluster.prefill_nodes, cluster.decode_nodes: {error}") from error
+        return group, too_many
 
 
 def _resources() -> dict[str, float]:

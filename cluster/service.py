@@ -77,7 +77,8 @@ def make_fleet(config: TandemConfig, log: Log) -> Fleet:
 
 def _home(config: TandemConfig) -> str:
     address = config.cluster.address
-    return {"none": "plain processes", "ray": "local Ray"}.get(address, f"Ray cluster at {address}")
+    homes = {"none": "plain processes", "ray": "local Ray", "auto": "Ray cluster of this node"}
+    return homes.get(address, f"Ray cluster at {address}")
 
 
 async def _all_report(config: TandemConfig, gateway: Gateway, fleet: Fleet) -> None:

@@ -39,7 +39,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["serve", "--grpc-port", "x"], "Invalid value for '--grpc-port'"),
         (["serve", "--grpc-port", "70000"], "--grpc-port: got 70000, expected: less than or equal to 65535"),
         (["serve", "--decode", "0"], "--decode: got 0"),
-        (["serve", "--address", "rai"], "--address: got 'rai', expected: ray, none, or HOST:PORT"),
+        (["serve", "--address", "rai"], "--address: got 'rai', expected: ray, none, auto, or HOST:PORT"),
         (["serve", "--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster there"),
         (["serve", "--config", "/none.yaml"], "/none.yaml: cannot be read: No such file"),
         (["serve", "--model", "/none.gguf"], "model '/none.gguf' not found; known: "),

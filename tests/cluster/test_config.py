@@ -113,8 +113,8 @@ def test_every_flag_has_a_key():
             "gateway: {auth: {keys_file: k, operators: ['a b']}}\n",
             "FILE:1: gateway: expected: tenants: got 'a b', expected a word of 1 to 128 characters without #",
         ),
-        ("cluster: {address: nowhere}\n", "FILE:1: cluster.address: got 'nowhere', expected: ray, none, or HOST:PORT"),
-        ("cluster: {address: 'h:99999'}\n", "FILE:1: cluster.address: got 'h:99999', expected: ray, none, or HOST:P"),
+        ("cluster: {address: nowhere}\n", "FILE:1: cluster.address: got 'nowhere', expected: ray, none, auto"),
+        ("cluster: {address: 'h:99999'}\n", "FILE:1: cluster.address: got 'h:99999', expected: ray, none, auto"),
         ("- 1\n", "FILE: got a list, expected a mapping with the sections engine, prefill"),
         ("a: [\n", "FILE:2: is not YAML: "),
         ("a: \x00\n", "FILE: is not YAML: "),
@@ -131,7 +131,10 @@ def test_mistakes_in_the_file(file, text, expected):
         ({"prefill": -1}, "--prefill: got -1, expected: greater than or equal to 0"),
         ({"decode": 0}, "--decode: got 0, expected: at least 1 where colocated is 0"),
         ({"grpc_port": 65536}, "--grpc-port: got 65536, expected: less than or equal to 65535"),
-        ({"address": "ray:"}, "--address: got 'ray:', expected: ray, none, or HOST:PORT of an existing Ray cluster"),
+        (
+            {"address": "ray:"},
+            "--address: got 'ray:', expected: ray, none, auto, or HOST:PORT of an existing Ray cluster",
+        ),
     ],
 )
 def test_mistakes_in_flags_name_the_flag(flags, expected):
@@ -203,3 +206,21 @@ def test_pinned_workers_share_the_cpus_and_none_is_left_over() -> None:
 def test_workers_on_several_machines_are_not_pinned(file) -> None:
     text = problem(file("cluster:\n  address: head:6379\n  pin_cpus: true\n"))
     assert "pin_cpus: got true, expected false" in text
+
+
+def test_workers_on_one_machine_are_not_placed_by_labels(file) -> None:
+    text = problem(file("cluster:\n  prefill_nodes: {gpu: H100}\n"))
+    assert "prefill_nodes and decode_nodes: got labels, expected none where all workers are on one machine" in text
+
+
+def test_labels_of_nodes(file) -> None:
+    cluster = load(file("cluster:\n  address: auto\n  prefill_nodes: {gpu: H100}\n")).cluster
+    assert cluster.is_remote
+    assert (cluster.nodes_of("prefill"), cluster.nodes_of("decode")) == ({"gpu": "H100"}, {})
+
+
+def test_a_worker_that_may_change_its_role_has_one_kind_of_node(file) -> None:
+    text = "cluster:\n  address: auto\n  controller: {enabled: true}\n  prefill_nodes: {gpu: H100}\n"
+    assert "expected false where prefill_nodes and decode_nodes differ" in problem(file(text))
+    same = text + "  decode_nodes: {gpu: H100}\n"
+    assert load(file(same)).cluster.controller.enabled
