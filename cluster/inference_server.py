@@ -1,26 +1,19 @@
-"""`tandem.v1.Inference` on gRPC: a thin adapter around the gateway.
-
-    metadata ─▶ who calls? ─▶ within their quota of calls? ─▶ the request is read ─▶ handler
-                     └────────────────┴──── no ──▶ refused
-
-What is refused stays with its sender, however large it is.
-"""
+"""`tandem.v1.Inference` on gRPC: a thin adapter around the gateway."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from functools import partial
 from typing import Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message as ProtoMessage
 from tandem.v1 import inference_pb2
 
 from cluster.door import Door
 from cluster.gateway import Gateway
+from cluster.guarded_calls import guarded, unary
 from cluster.inference_convert import (
     chunk_to_proto,
     complete_to_proto,
@@ -33,9 +26,8 @@ from cluster.messages import Chunk, Complete
 from cluster.security.caller import Caller
 from cluster.security.clients import Clients
 from cluster.tokenize_calls import TokenizeCalls
-from engine.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TandemError
-from kvtransfer.rpc_handlers import refusal
-from kvtransfer.rpc_server import Handler, Metadata, RpcService
+from engine.errors import DeadlineExceeded, InvalidArgument, PermissionDenied
+from kvtransfer.rpc_server import RpcService
 
 DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -49,27 +41,25 @@ def inference_service(
     `clients` says who calls; None: everybody may, and nobody is told apart. `max_prompt_chars` bounds what Tokenize
     takes, as the gateway's own limit bounds what Generate takes.
     """
-    door = Door(gateway, clients)
-    handlers: dict[str, Callable[[_Inference], Handler]] = {
-        "Generate": lambda servicer: grpc.unary_stream_rpc_method_handler(
-            servicer.generate,
-            request_deserializer=inference_pb2.GenerateRequest.FromString,
-            response_serializer=inference_pb2.GenerateResponse.SerializeToString,
-        ),
-        "GetModel": lambda servicer: _unary(servicer.get_model, inference_pb2.GetModelRequest),
-        "Tokenize": lambda servicer: _unary(servicer.tokenize, inference_pb2.TokenizeRequest),
-        "Detokenize": lambda servicer: _unary(servicer.detokenize, inference_pb2.DetokenizeRequest),
-        "GetStatus": lambda servicer: _unary(servicer.get_status, inference_pb2.GetStatusRequest),
-    }
 
-    def choose(method: str, metadata: Metadata) -> Handler:
-        try:
-            caller = door.let_in(metadata)
-        except TandemError as error:
-            return refusal(error, partial(door.tell, error))
-        return handlers[method](_Inference(gateway, max_prompt_chars, caller))
+    def served(caller: Caller) -> _Inference:
+        return _Inference(gateway, max_prompt_chars, caller)
 
-    return RpcService(DESCRIPTOR, {method: partial(choose, method) for method in handlers})
+    handlers = guarded(
+        Door(gateway, clients),
+        {
+            "Generate": lambda caller: grpc.unary_stream_rpc_method_handler(
+                served(caller).generate,
+                request_deserializer=inference_pb2.GenerateRequest.FromString,
+                response_serializer=inference_pb2.GenerateResponse.SerializeToString,
+            ),
+            "GetModel": lambda caller: unary(served(caller).get_model, inference_pb2.GetModelRequest),
+            "Tokenize": lambda caller: unary(served(caller).tokenize, inference_pb2.TokenizeRequest),
+            "Detokenize": lambda caller: unary(served(caller).detokenize, inference_pb2.DetokenizeRequest),
+            "GetStatus": lambda caller: unary(served(caller).get_status, inference_pb2.GetStatusRequest),
+        },
+    )
+    return RpcService(DESCRIPTOR, handlers)
 
 
 class _Inference:
@@ -131,13 +121,3 @@ class _Inference:
         if not self._caller.is_operator:
             raise PermissionDenied("the cluster's status is for operators (gateway.auth.operators)")
         return status_to_proto(self._gateway.status(asyncio.get_running_loop().time()))
-
-
-def _unary(behaviour: Any, request: type[ProtoMessage]) -> grpc.RpcMethodHandler[Any, Any]:  # noqa: ANN401
-    return grpc.unary_unary_rpc_method_handler(
-        behaviour, request_deserializer=request.FromString, response_serializer=_to_bytes
-    )
-
-
-def _to_bytes(message: ProtoMessage) -> bytes:
-    return message.SerializeToString()

@@ -29,7 +29,7 @@ RAY_FILES = {"cluster/actors.py", "cluster/launcher.py", "cluster/ray_address.py
 # Files whose job is the wire, and the benchmarks, which are clients.
 GRPC_FILE = re.compile(
     r"kvtransfer/(rpc\w*|grpc_transport)\.py|\w+_worker/(server|grpc_transport)\.py|bench/\w+\.py|"
-    r"cluster/(inference_server|registry_server|calls|actors|\w+_process|commands/\w+)\.py"
+    r"cluster/(inference_server|guarded_calls|kserve/server|registry_server|calls|actors|\w+_process|commands/\w+)\.py"
 )
 # Plain Python on plain values: a decider never sees a tensor, a socket or a clock.
 PURE_FILES = (
