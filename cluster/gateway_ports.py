@@ -17,6 +17,7 @@ from cluster.gateway_config import GatewayConfig
 from cluster.http.app import http_app
 from cluster.http.server import HttpServer, start_http
 from cluster.inference_server import inference_service
+from cluster.kserve.server import kserve_service
 from cluster.registry_server import registry_service
 from cluster.security.clients import Clients
 from cluster.security.identity import read_certs
@@ -63,6 +64,7 @@ async def gateway_ports(
     limits = config.gateway
     keepalive = KeepAlive.within(config.cluster.lease_s)
     inference = inference_service(gateway, clients, max_prompt_chars=limits.max_prompt_chars)
+    kserve = kserve_service(gateway, clients, is_ready)
     reports = replace(registry_service(gateway.heartbeat), caller=WORKER_NAME)
     async with AsyncExitStack() as stack:
         # A port of their own: clients cannot report as workers, and need no certificate where workers do.
@@ -76,7 +78,7 @@ async def gateway_ports(
         stack.push_async_callback(reports_to.stop)
         server = await start_server(
             f"{host}:{config.cluster.grpc_port}",
-            [inference.within(call_limits(limits))],
+            [service.within(call_limits(limits)) for service in (inference, kserve)],
             ready=False,
             keepalive=keepalive,
             limits=port_limits(limits),

@@ -21,6 +21,8 @@ from engine.sampling import SamplingParams
 Text = Annotated[str, Field(max_length=1 << 20)]
 # Longest list of anything in a request but token ids; the gateway's own bounds are lower, and say more.
 MANY = 4096
+# Of a field's name in an error: clients may have made it up.
+MAX_FIELD_CHARS = 256
 # Of the gateway's fields that headers stand for, their names.
 NAMES = {"objectives.ttft_ms": "x-slo-ttft-ms", "objectives.tpot_ms": "x-slo-tpot-ms", "request_id": "x-request-id"}
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
@@ -134,6 +136,14 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
         raise _first_problem(kind, error) from None
 
 
+def checked(kind: type[Parsed], values: Mapping[str, Any]) -> Parsed:
+    """The same from fields that came otherwise."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _first_problem(kind, error) from None
+
+
 def objectives(headers: Mapping[str, str]) -> Objectives:
     """What the headers `x-slo-ttft-ms` and `x-slo-tpot-ms` ask for. Raises InvalidArgument for what is no number."""
     return Objectives(_seconds(headers, "x-slo-ttft-ms"), _seconds(headers, "x-slo-tpot-ms"))
@@ -172,6 +182,8 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> InvalidArgu
     # Of a union pydantic names each branch, which no client knows.
     path = [part for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    if len(field) > MAX_FIELD_CHARS:
+        field = f"{field[:MAX_FIELD_CHARS]}..."
     if problem["type"] == "json_invalid":
         return InvalidArgument("body", "something else", f"JSON: {problem['msg']}")
     if problem["type"] == "extra_forbidden":

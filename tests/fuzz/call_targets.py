@@ -75,7 +75,7 @@ class _Script:
 
 
 @asynccontextmanager
-async def _gateway(frames: Sequence[TokenFrame]) -> AsyncIterator[Gateway]:
+async def scripted_gateway(frames: Sequence[TokenFrame]) -> AsyncIterator[Gateway]:
     failures = CONFIG.failures.model_copy(update={"max_attempts": 2})
     # Longer texts would be tokenized in a thread, which virtual time does not know.
     update = {"failures": failures, "default_deadline_s": 20.0, "max_prompt_chars": SHORT_CHARS}
@@ -113,7 +113,7 @@ def ask(data: bytes) -> None:
 async def _asked(message: inference_pb2.GenerateRequest) -> None:
     request_id = f"{message.request_id or 'r'}#1"
     done = [TokenFrame(1, (Delta(request_id, 0, (Sampled(1),), FinishReason.LENGTH), Done(request_id, 0, Receipt())))]
-    async with _gateway(done) as gateway:
+    async with scripted_gateway(done) as gateway:
         async with asyncio.timeout(LONG_S):
             await _generate(gateway, message)
 
@@ -155,7 +155,7 @@ def believe(data: bytes) -> None:
 async def _believed(frames: Sequence[TokenFrame]) -> None:
     params = inference_pb2.SamplingParams(temperature=0.0, n=2, max_tokens=3, stop=["x"])
     message = inference_pb2.GenerateRequest(text="hello", sampling_params=params, request_id="asked")
-    async with _gateway(frames) as gateway:
+    async with scripted_gateway(frames) as gateway:
         async with asyncio.timeout(LONG_S):
             await _generate(gateway, message)
 
@@ -184,7 +184,7 @@ def hear(data: bytes) -> None:
 
 async def _heard(messages: Sequence[worker_pb2.WorkerStats]) -> None:
     done = [TokenFrame(1, (Delta("r#1", 0, (Sampled(1),), FinishReason.LENGTH), Done("r#1", 0, Receipt())))]
-    async with _gateway(done) as gateway:
+    async with scripted_gateway(done) as gateway:
         problem: TandemError | None = None
         for message in messages:
             try:

@@ -112,10 +112,10 @@ def campaign(name: str, inputs: int, folder: Path, seed: int = 1) -> dict[str, f
         "--seed",
         str(seed),
     ]
+    # This checkout's, whichever one is installed.
+    path = os.pathsep.join((os.getcwd(), os.path.join(os.getcwd(), "proto")))
     with (place / "log").open("w") as log:
-        subprocess.run(
-            command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": os.getcwd()}
-        )
+        subprocess.run(command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path})
     file = place / "measured.json"
     found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     return found if found.get("inputs") == inputs else {}

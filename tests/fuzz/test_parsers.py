@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz import access_targets, call_targets, kv_targets
+from tests.fuzz import access_targets, call_targets, kserve_targets, kv_targets
 from tests.fuzz.target import Target
 
-TARGETS = (*kv_targets.TARGETS, *access_targets.TARGETS, *call_targets.TARGETS)
+TARGETS = (*kv_targets.TARGETS, *access_targets.TARGETS, *call_targets.TARGETS, *kserve_targets.TARGETS)
 every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 
 

@@ -349,3 +349,11 @@ async def test_an_error_in_the_middle_of_a_stream() -> None:
         with pytest.raises(openai.APIError) as raised:
             [chunk async for chunk in stream]
         assert "the worker is gone" in raised.value.message
+
+
+async def test_a_made_up_field_is_not_told_whole() -> None:
+    async with web() as running, client(running) as ai:
+        with pytest.raises(openai.BadRequestError) as raised:
+            await ai.chat.completions.create(model="tiny", messages=CHAT, extra_body={"x" * 100_000: 1})
+    assert raised.value.param == "x" * 256 + "..."
+    assert len(raised.value.message) < 1000
