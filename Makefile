@@ -4,6 +4,7 @@
 #   make serve   the same service, kept up
 #   make test    format, lint, types, import directions and every test, in some minutes
 #   make check   the same without the tests
+#   make node-clients   what the tests of Node's clients need, where npm is; `make test` does it by itself
 #   make test-nightly   the long tests too
 #   make chaos   four minutes of faults of every kind on a local cluster under load; CHAOS_FLAGS= for other plans
 #   make bench-partition   a real link between two network namespaces that loses packets and fails; needs root
@@ -23,6 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Done again only when a pin or a dependency changes.
 INSTALLED := $(VENV)/.installed
+NODE_CLIENTS := tests/node/node_modules/.installed
 PACKAGES := kernels engine kvtransfer prefill_worker decode_worker cluster bench tests
 TORCH := torch==2.13.0
 ALONE := tests/sim tests/e2e tests/bench tests/golden
@@ -42,7 +44,7 @@ write = $(if $(WRITE),--write $(1))
 # Several processes share the cores: a thread that waits must not spin on one that another could use.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve soak fuzz test test-nightly test-gpu check model clean install cuda-device
+.PHONY: demo serve soak fuzz test test-nightly test-gpu check model node-clients clean install cuda-device
 .PHONY: chaos bench-partition bench-first-token bench-disconnect bench-http bench-tools bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
@@ -52,12 +54,12 @@ serve: $(INSTALLED)
 	@$(BIN)/tandem serve $(SERVE_FLAGS)
 
 # What starts processes or takes every core by itself runs alone, or it would measure its neighbours.
-test: check model
+test: check model node-clients
 	$(BIN)/python -m pytest -m "not nightly and not gpu" -n auto --maxprocesses 4 --dist loadfile $(ALONE:%=--ignore %) \
 	  $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -m "not nightly and not gpu" $(ALONE) $(PYTEST_FLAGS)
 
-test-nightly: check model
+test-nightly: check model node-clients
 	TANDEM_TEST_PROFILE=nightly $(BIN)/python -m pytest -m "not gpu" --timeout 3600 $(PYTEST_FLAGS)
 
 test-gpu: cuda-device
@@ -118,6 +120,13 @@ cuda-device:
 model: $(INSTALLED)
 	@$(BIN)/tandem fetch
 
+# Without npm the tests of Node's clients are skipped, and say why.
+node-clients: $(if $(shell command -v npm),$(NODE_CLIENTS))
+
+$(NODE_CLIENTS): tests/node/package-lock.json
+	npm ci --prefix tests/node --no-audit --no-fund
+	@touch $@
+
 install: $(INSTALLED)
 
 # torch comes first and alone: its index decides between the CPU and the CUDA build.
@@ -134,5 +143,5 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/node/node_modules *.egg-info build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

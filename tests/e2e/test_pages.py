@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.foreign import NODE_MODULES, require_node, with_grpcurl
 from tests.e2e.service import TANDEM, Served, serving
 from tests.golden.default_model import require_default_model
 
 pytestmark = [pytest.mark.model]
 ROOT = Path(__file__).parents[2]
 DEFAULT_URL = "127.0.0.1:50051"
+# What the model says where the pages ask it greedily.
+PARIS = "Paris"
 PROMPTS = (
     {"id": 1, "prompt": "One, two,"},
     {"id": "b", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
@@ -45,6 +50,7 @@ def served(tmp_path_factory):
 
 def test_there_are_commands() -> None:
     assert len(commands()) >= 5
+    assert len(blocks("docs/grpc.md", "bash")) == 3, "each has its test below"
 
 
 @pytest.mark.parametrize("command", commands())
@@ -67,30 +73,57 @@ def test_command(served: Served, tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", [block for block in blocks("docs/http.md", "bash") if block.startswith("curl")])
 def test_curl(served: Served, command: str) -> None:
-    done = subprocess.run(
-        ["bash", "-ec", command.replace("http://127.0.0.1:8000/v1", served.openai_url)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    printed = output_of(["bash", "-ec", here(command, served)])
+    assert json.loads(printed)["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("program", blocks("docs/http.md", "python"))
-def test_openai_program(served: Served, tmp_path: Path, program: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (" list", "inference.GRPCInferenceService"),
+        ("Inference/Generate", PARIS),
+        ("GRPCInferenceService/ModelInfer", '"finish_reason"'),
+    ],
+)
+def test_grpcurl(served: Served, tmp_path: Path, method: str, said: str) -> None:
+    (command,) = (block for block in blocks("docs/grpc.md", "bash") if block.rstrip().endswith(method))
+    printed = output_of(["bash", "-ec", here(command, served)], env=with_grpcurl(tmp_path))
+    assert said in printed
+    if "ModelInfer" in method:
+        (text,) = (output for output in json.loads(printed)["outputs"] if output["name"] == "text_output")
+        assert PARIS in base64.b64decode(text["contents"]["bytesContents"][0]).decode()
+
+
+@pytest.mark.parametrize("program", [*blocks("docs/http.md", "python"), *blocks("docs/grpc.md", "python")])
+def test_python_program(served: Served, tmp_path: Path, program: str) -> None:
     file = tmp_path / "program.py"
-    file.write_text(program.replace("http://127.0.0.1:8000/v1", served.openai_url))
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=90, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip()
+    file.write_text(here(program, served))
+    assert output_of([sys.executable, str(file)]).strip()
+
+
+@pytest.mark.parametrize("program", [*blocks("docs/http.md", "js"), *blocks("docs/grpc.md", "js")])
+def test_node_program(served: Served, tmp_path: Path, program: str) -> None:
+    node = require_node()
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
+    file = tmp_path / "program.mjs"
+    file.write_text(here(program, served))
+    said = output_of([node, str(file)])
+    assert PARIS in said if "temperature: 0" in program else said
 
 
 def test_program(served: Served, tmp_path: Path) -> None:
     (program,) = (block for block in blocks("README.md", "python") if "tandem.client" in block)
     file = tmp_path / "program.py"
-    file.write_text(program.replace(DEFAULT_URL, served.address))
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=90, check=False)
+    file.write_text(here(program, served))
+    assert output_of([sys.executable, str(file)]).strip()
+
+
+def here(text: str, served: Served) -> str:
+    """What stands on a page, with the service's own addresses."""
+    return text.replace("http://127.0.0.1:8000/v1", served.openai_url).replace(DEFAULT_URL, served.address)
+
+
+def output_of(command: list[str], env: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip()
+    return done.stdout
