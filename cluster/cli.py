@@ -22,6 +22,7 @@ from typer.exceptions import TyperException
 from cluster.client_access import read_access
 from cluster.commands.cli_bench import bench_command
 from cluster.commands.cli_chaos import chaos_command
+from cluster.commands.cli_config import config_commands
 from cluster.commands.cli_keys import keys_commands
 from cluster.commands.cli_planning import emulate_command, plan_command
 from cluster.commands.running import Stopped, run
@@ -35,7 +36,6 @@ DEFAULT_URL = "127.0.0.1:50051"
 app = typer.Typer(
     name="tandem",
     help="Serves large language models with prefill and decode on separate workers.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -68,6 +68,11 @@ AddressOption = Annotated[
 ]
 
 
+def _examples(*lines: str) -> str:
+    """What stands below a command's flags: one paragraph each, so that none is wrapped into the next."""
+    return "\n\n".join(["Examples:", *lines])
+
+
 class WorkerRole(StrEnum):
     """Roles as the command line spells them."""
 
@@ -87,7 +92,14 @@ def _tandem(
         print(context.get_help())
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "tandem serve",
+        "tandem serve --address none --model path/to/model.gguf",
+        "tandem serve --config tandem.yaml --decode 2",
+        "tandem serve --address auto --config tandem.yaml",
+    )
+)
 def serve(
     config: ConfigOption = None,
     model: ModelOption = None,
@@ -122,7 +134,14 @@ def serve(
         raise typer.Exit from None
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        'tandem generate "What is the capital of France?" --chat',
+        'tandem generate "Once upon a time" --temperature 0 --max-tokens 40 --json',
+        "tandem generate --file prompts.jsonl --url 10.0.0.1:50051 --json",
+        'tandem generate "Once upon a time" --local',
+    )
+)
 def generate(
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="A prompt.", show_default=False)] = None,
     file: Annotated[
@@ -184,7 +203,7 @@ def status(
     run(show(url, access=read_access(api_key_file, ca, url), as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=_examples("tandem worker decode --gateway 10.0.0.1:50052 --host 10.0.0.2"))
 def worker(
     role: Annotated[WorkerRole, typer.Argument(help="What the worker does.")],
     gateway: Annotated[str, typer.Option("--gateway", metavar="HOST:PORT", help="The gateway it reports to.")],
@@ -277,6 +296,7 @@ app.command("plan")(plan_command())
 app.command("bench")(bench_command())
 app.command("chaos")(chaos_command())
 app.add_typer(keys_commands(), name="keys")
+app.add_typer(config_commands(), name="config")
 
 
 def main() -> None:

@@ -61,6 +61,16 @@ def load(path: Path | None = None, flags: Mapping[str, object] | None = None) ->
 
     Raises ConfigError, one line: the place (file and line, or flag), the key, the value and what would be right.
     """
+    loaded = try_load(path, flags)
+    if isinstance(loaded, TandemConfig):
+        return loaded
+    more = f" (and {len(loaded) - 1} more)" if len(loaded) > 1 else ""
+    raise ConfigError(loaded[0] + more)
+
+
+def try_load(path: Path | None = None, flags: Mapping[str, object] | None = None) -> TandemConfig | list[str]:
+    """As `load`, but gives all that is wrong with values, one line each. Raises ConfigError for a file that cannot be
+    read, or is no mapping."""
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     text = "" if path is None else read_text(path)
     values = parse_mapping(text, str(path), f"a mapping with the sections {', '.join(TandemConfig.model_fields)}")
@@ -69,9 +79,7 @@ def load(path: Path | None = None, flags: Mapping[str, object] | None = None) ->
     try:
         return TandemConfig.model_validate(values)
     except ValidationError as error:
-        problems = error.errors()
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(_describe(problems[0], text, str(path), given) + more) from None
+        return [_describe(problem, text, str(path), given) for problem in error.errors()]
 
 
 def from_json(text: str) -> TandemConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -171,3 +172,23 @@ def test_a_key_does_not_leave_the_machine_in_clear(
     monkeypatch.setenv("TANDEM_API_KEY", "the-key")
     said = fails(capsys, "status", "--url", url)
     assert said == f"TANDEM_API_KEY: the key would go to {url} in clear, and others could read it on its way"
+
+
+def test_shells_complete_commands() -> None:
+    asked = {"_TANDEM_COMPLETE": "complete_bash", "COMP_WORDS": "tandem ser", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv[0] = 'tandem'; from cluster.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **asked}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["serve"]
+
+
+def test_help_has_examples_that_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("serve", "generate", "worker"):
+        assert run_command([command, "--help"]) == 0
+        said = capsys.readouterr().out
+        examples = [line.split() for line in said.partition("Examples:")[2].splitlines() if line.strip()]
+        assert examples
+        assert all(words[:2] == ["tandem", command] for words in examples), "none is wrapped"
+        flags = {word for words in examples for word in words if word.startswith("--")}
+        assert flags <= set(re.findall(r"--[a-z-]+", said.partition("Examples:")[0]))
