@@ -84,7 +84,7 @@ PURE_FILES = (
     *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}
-COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys"
+COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys|config"
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
@@ -190,7 +190,7 @@ def test_pages_name_commands_that_exist(page: Path) -> None:
         for module in re.findall(r"python -m (bench\.\w+)", line):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), line
         for command, rest in re.findall(rf"tandem ({COMMANDS})\b([^|#]*)", line):
-            second = rest.split()[0] if command in ("worker", "keys") else ""
+            second = rest.split()[0] if command in ("worker", "keys", "config") else ""
             unknown = set(re.findall(r"(--[\w-]+)", rest)) - options_of(f"{command} {second}".strip())
             assert not unknown, f"{line}: {command} has no {unknown}"
 
