@@ -6,6 +6,7 @@ Delta's tokens ─▶ Detokenizer ─▶ StopStrings ─▶ text shown to the cl
 from __future__ import annotations
 
 from cluster.messages import Choice, Chunk
+from cluster.token_flow import TokenFlow
 from decode_worker.stream import ChoiceSoFar, Delta
 from engine.batch import Sampled
 from engine.detokenizer import Detokenizer
@@ -17,9 +18,10 @@ from engine.tokenizer import Tokenizer
 
 class Answer:
     """All choices of one request. Without a tokenizer every text is empty. `first_s` and `last_s` are when the first
-    and the last token came, None before."""
+    and the last token came, None before. `flow` counts its tokens, and the gaps between them."""
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None, flow: TokenFlow | None = None) -> None:
+        self._flow = TokenFlow() if flow is None else flow
         self._choices = [_GrowingChoice(index, params, tokenizer) for index in range(params.n)]
         self.first_s: float | None = None
         self.last_s: float | None = None
@@ -56,7 +58,12 @@ class Answer:
         if delta.tokens:
             self.first_s = now if self.first_s is None else self.first_s
             self.last_s = now
-        return choice.add(delta)
+            if choice.last_s is not None:
+                self._flow.gaps.add(now - choice.last_s)
+            choice.last_s = now
+        chunk = choice.add(delta)
+        self._flow.generation_tokens += len(chunk.tokens)
+        return chunk
 
     def so_far(self) -> tuple[ChoiceSoFar, ...]:
         """What another worker has to know to go on with it."""
@@ -82,6 +89,7 @@ class _GrowingChoice:
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
         self._text: list[str] = []
         self.tokens: list[Sampled] = []
+        self.last_s: float | None = None
         self.finish_reason: FinishReason | None = None
         self.has_ended_at_worker = False
         self._matched_stop_str: str | None = None

@@ -6,10 +6,22 @@ from cluster.admission import Admission
 from cluster.messages import ClusterStatus, WorkerStatus
 from cluster.outcomes import Outcomes
 from cluster.registry import KnownWorker, Registry
+from cluster.token_flow import TokenFlow
+from engine.stats import LoopStats
+
+# What a worker says of itself that is passed on.
+_STATS = tuple(name for name in LoopStats.__dataclass_fields__ if name in WorkerStatus.__dataclass_fields__)
 
 
 def cluster_status(
-    model: str, registry: Registry, admission: Admission, outcomes: Outcomes, router: str, over_quota: int, now: float
+    model: str,
+    registry: Registry,
+    admission: Admission,
+    outcomes: Outcomes,
+    router: str,
+    over_quota: int,
+    flow: TokenFlow,
+    now: float,
 ) -> ClusterStatus:
     """As it is at `now`, on the clock of the gateway's loop."""
     workers = [_worker_status(worker, registry, now) for worker in registry.all(now)]
@@ -27,6 +39,8 @@ def cluster_status(
         attainment_tpot=attainment.tpot,
         attainment_window=attainment.count,
         requests_over_quota=over_quota,
+        prompt_tokens=flow.prompt_tokens,
+        generation_tokens=flow.generation_tokens,
     )
 
 
@@ -39,17 +53,5 @@ def _worker_status(worker: KnownWorker, registry: Registry, now: float) -> Worke
         incarnation=report.incarnation,
         heartbeat_age_s=now - worker.heard_s,
         fresh=registry.is_fresh(worker, now),
-        draining=stats.draining,
-        running=stats.running,
-        waiting=stats.waiting,
-        queued_tokens=stats.queued_tokens,
-        blocks_total=stats.blocks_total,
-        blocks_free=stats.blocks_free,
-        blocks_cached=stats.blocks_cached,
-        steps=stats.steps,
-        cost_error_median=stats.cost_error_median,
-        cost_error_p90=stats.cost_error_p90,
-        prefill_scale=stats.prefill_scale,
-        decode_scale=stats.decode_scale,
-        kv_faults=stats.kv_faults,
+        **{name: getattr(stats, name) for name in _STATS},
     )

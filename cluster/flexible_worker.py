@@ -116,6 +116,8 @@ class FlexibleWorker:
         self._prefill: PrefillLoop | None = None
         self._decode: DecodeLoop | None = None
         self._loop = self._build(role)
+        # Of the loops before it.
+        self._before: LoopStats | None = None
         self._flip: _Flip | None = None
         self._flip_wanted = asyncio.Event()
         self.is_leaving = False
@@ -146,7 +148,7 @@ class FlexibleWorker:
         return max(stats.running + stats.waiting, self._pull_count)
 
     def stats(self) -> LoopStats:
-        stats = self._loop.stats()
+        stats = self._loop.stats().plus(self._before)
         return replace(stats, draining=True) if self.is_draining else stats
 
     def link_rates(self) -> tuple[tuple[str, float], ...]:
@@ -325,6 +327,7 @@ class FlexibleWorker:
         assert flip is not None, "a drained worker has a flip to make"
         _log.info("%s was a %s worker and is a %s worker now", self.worker_id, self._role, flip.role)
         self._role, self._flip = flip.role, None
+        self._before = self._loop.stats().plus(self._before)
         self._loop = self._build(flip.role)
         if self.is_leaving:
             self._loop.drain()

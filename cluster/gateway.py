@@ -42,6 +42,7 @@ from cluster.run import Run
 from cluster.security.quotas import Quotas
 from cluster.security.tenant_salts import TenantSalts
 from cluster.text_queue import TextQueue
+from cluster.token_flow import TokenFlow
 from decode_worker.stream import Delta, Done, Event, Failed, Submit
 from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
 from engine.tokenizer import Tokenizer
@@ -72,6 +73,7 @@ class Gateway:
         self.model = model
         self.texts = TextQueue(config.max_prompt_chars)
         self.outcomes = Outcomes(config.outcome_window_s)
+        self.flow = TokenFlow()
         self.controller = controller
         self.quotas = Quotas(config.quota, config.tenants)
         self._salts = salts
@@ -183,7 +185,7 @@ class Gateway:
         """The cluster as this gateway sees it; `now` on the running loop's clock."""
         over_quota = self.quotas.refused_count
         parts = (self.model.name, self._registry, self._admission, self.outcomes, self.router.name)
-        return cluster_status(*parts, over_quota, now)
+        return cluster_status(*parts, over_quota, self.flow, now)
 
     def check_empty(self) -> None:
         """Asserts that no request holds anything here."""
@@ -213,7 +215,7 @@ class Gateway:
         if self._salts is not None:
             request = replace(request, salt=self._salts.salt(request.tenant, request.salt))
         params = request.params
-        answer = Answer(params, self.tokenizer)
+        answer = Answer(params, self.tokenizer, self.flow)
         # Last, as nothing may fail between here and where it is settled.
         charge = self.quotas.charge(request.tenant, len(token_ids), params.n * params.max_tokens, now)
         if self.controller is not None:
@@ -257,6 +259,8 @@ class Gateway:
             case Delta(tokens=tokens) if tokens:
                 if booking.first_s is None:
                     self._ledger.first_token(booking, now)
+                    if not run.is_resumed:
+                        self.flow.first_token(len(run.token_ids), now - run.arrived_s)
                     self._dispatcher.news()
                 self._ledger.drew(booking, len(tokens), now)
             case Done():

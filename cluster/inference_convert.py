@@ -81,43 +81,9 @@ def model_to_proto(model: ModelInfo) -> inference_pb2.GetModelResponse:
 
 
 def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
-    workers = [
-        inference_pb2.WorkerStatus(
-            worker_id=worker.worker_id,
-            role=worker.role,
-            address=worker.address,
-            incarnation=worker.incarnation,
-            heartbeat_age_s=worker.heartbeat_age_s,
-            fresh=worker.fresh,
-            running=worker.running,
-            waiting=worker.waiting,
-            queued_tokens=worker.queued_tokens,
-            blocks_total=worker.blocks_total,
-            blocks_free=worker.blocks_free,
-            blocks_cached=worker.blocks_cached,
-            steps=worker.steps,
-            cost_error_median=worker.cost_error_median,
-            cost_error_p90=worker.cost_error_p90,
-            prefill_scale=worker.prefill_scale,
-            decode_scale=worker.decode_scale,
-            kv_faults=worker.kv_faults,
-        )
-        for worker in status.workers
-    ]
-    return inference_pb2.GetStatusResponse(
-        model=status.model,
-        workers=workers,
-        requests_running=status.requests_running,
-        requests_waiting=status.requests_waiting,
-        requests_finished=status.requests_finished,
-        requests_rejected=status.requests_rejected,
-        router=status.router,
-        attainment=status.attainment,
-        attainment_ttft=status.attainment_ttft,
-        attainment_tpot=status.attainment_tpot,
-        attainment_window=status.attainment_window,
-        requests_over_quota=status.requests_over_quota,
-    )
+    fields = asdict(status)
+    workers = [inference_pb2.WorkerStatus(**worker) for worker in fields.pop("workers")]
+    return inference_pb2.GetStatusResponse(workers=workers, **fields)
 
 
 def _objectives_from_proto(message: inference_pb2.Objectives) -> Objectives:

@@ -117,7 +117,8 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker as the gateway last heard of it. `fresh`: heard of recently enough to be given work."""
+    """One worker as the gateway last heard of it. `fresh`: heard of recently enough to be given work. What follows
+    that is of engine/stats.py."""
 
     worker_id: str
     role: str
@@ -138,13 +139,25 @@ class WorkerStatus:
     prefill_scale: float = 1.0
     decode_scale: float = 1.0
     kv_faults: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    kv_bytes: int = 0
+    kv_streams_broken: int = 0
+    kv_orphan_bytes: int = 0
+    lease_expiries: int = 0
+    queued_s: float = 0.0
+    context_tokens: int = 0
+    decode_step_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """The cluster as the gateway sees it at one moment; workers in order of role and id. `attainment`: shares of the
     last `attainment_window` requests that met both objectives, the one, the other; rejected ones met none. What was
-    refused for its tenant's quota is counted apart, and in none of these."""
+    refused for its tenant's quota is counted apart, and in none of these. Tokens are those of all requests since the
+    gateway's start."""
 
     model: str
     workers: tuple[WorkerStatus, ...]
@@ -158,3 +171,5 @@ class ClusterStatus:
     attainment_tpot: float = 0.0
     attainment_window: int = 0
     requests_over_quota: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0

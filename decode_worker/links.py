@@ -20,11 +20,15 @@ _log = logging.getLogger(__name__)
 
 class PrefillLinks:
     """Implements decode_worker.pull.Watch. Speeds are bytes per second by address, as running averages over streams;
-    `faults` counts frames that were not taken, over all links."""
+    over all links `faults` counts frames that were not taken, and `kv_bytes` the KV of those that were."""
 
     def __init__(self) -> None:
         self._rates: OrderedDict[str, RunningAverage] = OrderedDict()
         self.faults = 0
+        self.kv_bytes = 0
+
+    def took(self, kv_bytes: int) -> None:
+        self.kv_bytes += kv_bytes
 
     def moved(self, address: str, kv_bytes: int, seconds: float) -> None:
         """`kv_bytes` came from `address` in `seconds`."""

@@ -120,6 +120,7 @@ class LocalPrompts:
             self.advance(choice, cached)
             if not choice.request.times.is_prompt_started:
                 choice.request.cached_tokens = cached
+                self._pool.counts.looked_up(len(choice.token_ids), cached)
             self.computing.append(choice)
 
     def chunks(self, reached: Mapping[Choice, Reached], decode: StepWork, limit_s: float, now: float) -> Chunks:

@@ -78,6 +78,10 @@ REFETCH_BEGINS_S = 2.0
 class Watch(Protocol):
     """Is told what is seen of the links to prefill workers."""
 
+    def took(self, kv_bytes: int) -> None:
+        """A frame was taken."""
+        ...
+
     def moved(self, address: str, kv_bytes: int, seconds: float) -> None:
         """So much KV came in a row, in so long."""
         ...
@@ -249,6 +253,7 @@ class _Intake:
         target = self._block_ids[frame.first_token // size : -(-frame.end_token // size)]
         payload = memoryview(frame.payload)
         self._kv_bytes += payload.nbytes
+        self._watch.took(payload.nbytes)
         self._late_bytes += payload.nbytes
         self._last_kv_s = asyncio.get_running_loop().time()
         dtype = self._begin.layout.dtype

@@ -52,6 +52,7 @@ class Pulls:
             request.move(RequestState.PULLING)
             submit = request.submit
             request.have_tokens = self._pool.new(request.lead.owner, submit.token_ids, submit.salt)
+            self._pool.counts.looked_up(len(submit.token_ids), request.have_tokens)
             self._open[request.key] = request
             started.append(request)
         return started
@@ -101,4 +102,5 @@ class Pulls:
         self._pool.free(youngest.lead.owner)
         youngest.have_tokens = 0
         youngest.preemptions += 1
+        self._pool.counts.preemptions += 1
         return youngest

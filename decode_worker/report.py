@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+from decode_worker.links import PrefillLinks
 from decode_worker.pipeline import Pipeline
 from decode_worker.scheduler import DecodeScheduler
 from engine.learned_cost import LearnedCost, learned
@@ -9,7 +12,11 @@ from engine.stats import LoopStats
 
 
 def loop_stats(
-    scheduler: DecodeScheduler, pipeline: Pipeline, learner: LearnedCost | None, kv_faults: int, is_draining: bool
+    scheduler: DecodeScheduler,
+    pipeline: Pipeline,
+    learner: LearnedCost | None,
+    links: PrefillLinks,
+    is_draining: bool,
 ) -> LoopStats:
     """While a run of several steps is under way, blocks and context are those of its first step."""
     pool, own = scheduler.pool, learned(learner)
@@ -31,5 +38,7 @@ def loop_stats(
         decode_scale=own.decode_scale,
         cost_error_median=own.error_median,
         cost_error_p90=own.error_p90,
-        kv_faults=kv_faults,
+        kv_faults=links.faults,
+        kv_bytes=links.kv_bytes,
+        **asdict(pool.counts),
     )

@@ -100,4 +100,5 @@ class Running:
         self._pool.free(choice.owner)
         choice.move(ChoiceState.COMPUTING)
         choice.request.preemptions += 1
+        self._pool.counts.preemptions += 1
         self._local.add(choice, now)

@@ -128,7 +128,7 @@ class DecodeWorker:
         return not (self._live or self._open or self._inbox) and self._pipeline.is_empty
 
     def stats(self) -> LoopStats:
-        return loop_stats(self._scheduler, self._pipeline, self._learner, self._open.links.faults, self._is_draining)
+        return loop_stats(self._scheduler, self._pipeline, self._learner, self._open.links, self._is_draining)
 
     def kv_events(self) -> KVEventBatch | None:
         """Changes of the prefix cache since the last call; None without any, or without `note_events`."""
@@ -219,6 +219,7 @@ class DecodeWorker:
                     self._drop(self._live[request.key])
             case Expire(key=key):
                 if key in self._live:
+                    self._pool.counts.lease_expiries += 1
                     self._fail(self._live[key], DeadlineExceeded("decode"))
             case Detach(session=session):
                 for request in list(session.requests.values()):

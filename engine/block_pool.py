@@ -27,6 +27,7 @@ from itertools import chain, islice
 from engine import prefix_hash
 from engine.block_audit import Books, Held, audit
 from engine.kv_events import KVEventBatch, KVEventNotes, short_names
+from engine.pool_counts import PoolCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,10 @@ CHECK_BLOCK_S = 2e-3
 
 
 class BlockPool:
-    """Allocates blocks to named owners (one table each), shares them by reference, and caches finished prefixes."""
+    """Allocates blocks to named owners (one table each), shares them by reference, and caches finished prefixes.
+
+    `counts` is kept by those who use the pool.
+    """
 
     def __init__(
         self, num_blocks: int, block_size: int, prefix_cache: bool = True, *, note_events: bool = False
@@ -82,6 +86,7 @@ class BlockPool:
         self._tables: dict[str, _Table] = {}
         self._next_check_s = -math.inf
         self._notes = KVEventNotes() if note_events else None
+        self.counts = PoolCounts()
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 

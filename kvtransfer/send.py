@@ -27,10 +27,16 @@ class _Run:
     first_layer: int
     end_layer: int
 
+    @property
+    def slots(self) -> int:
+        """Of all layers together."""
+        return (self.end_token - self.first_token) * (self.end_layer - self.first_layer)
+
 
 class KVSender:
     """One stream's outbox. The worker's loop publishes; the transport pulls `frames()`, one at a time. Of what is
-    published only what lies in `wanted` is sent, unless that is empty: ranges of whole blocks that do not overlap."""
+    published only what lies in `wanted` is sent, unless that is empty: ranges of whole blocks that do not overlap.
+    `is_sent`: all that was to be sent has been; `published_bytes` counts what was to be."""
 
     def __init__(self, runner: Runner, max_frame_bytes: int, wanted: Sequence[KVRange] = ()) -> None:
         self._runner = runner
@@ -42,6 +48,8 @@ class KVSender:
         self._wake = asyncio.Event()
         self._published_all = False
         self._error: TandemError | None = None
+        self.published_bytes = 0
+        self.is_sent = False
         self._sent_bytes = 0
         self._sent_before_first_token = 0
 
@@ -56,10 +64,11 @@ class KVSender:
         if first_token >= end_token:
             return
         run = _Run(tuple(block_ids), first_token, end_token, layers.start, layers.stop)
+        parts = [run]
         if self._wanted:
-            self._runs.extend(part for wanted in self._wanted if (part := self._common(run, wanted)) is not None)
-        else:
-            self._runs.append(run)
+            parts = [part for wanted in self._wanted if (part := self._common(run, wanted)) is not None]
+        self._runs.extend(parts)
+        self.published_bytes += sum(part.slots for part in parts) * self._layout.token_bytes
         self._wake.set()
 
     def first_token(self, frame: FirstToken) -> None:
@@ -88,6 +97,8 @@ class KVSender:
             elif self._runs:
                 pending = self._cut(self._runs.popleft())
             elif self._published_all:
+                # Its reader may close the stream over this, the last frame.
+                self.is_sent = True
                 yield End(self._sent_bytes, self._sent_before_first_token)
                 return
             else:

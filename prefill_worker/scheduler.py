@@ -217,6 +217,7 @@ class PrefillScheduler:
         job.move(JobState.RUNNING)
         job.cached = cached
         job.started_s = now
+        self.pool.counts.looked_up(job.prompt_tokens, cached)
         self._advance(job, cached)
         self._running[job.key] = job
         return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from engine.batch import Runner
@@ -83,6 +83,8 @@ class PrefillWorker:
         self._open_streams = 0
         self._is_draining = False
         self._steps = 0
+        self._streams_broken = 0
+        self._orphan_bytes = 0
         self._tokens_per_s = RunningAverage()
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[Frame]:
@@ -99,7 +101,7 @@ class PrefillWorker:
         self._inbox.offer(_Arrive(job, sender))
         timer = None
         if deadline is not None:
-            timer = loop.call_at(deadline, sender.fail, DeadlineExceeded("prefill"))
+            timer = loop.call_at(deadline, self._expire, sender)
         self._open_streams += 1
         try:
             async with aclosing(sender.frames()) as frames:
@@ -109,6 +111,9 @@ class PrefillWorker:
             if timer is not None:
                 timer.cancel()
             self._open_streams -= 1
+            if not sender.is_sent:
+                self._streams_broken += 1
+                self._orphan_bytes += sender.published_bytes
             self._inbox.put(_Depart(job.key))
 
     async def run(self) -> None:
@@ -168,6 +173,9 @@ class PrefillWorker:
             decode_scale=own.decode_scale,
             cost_error_median=own.error_median,
             cost_error_p90=own.error_p90,
+            kv_streams_broken=self._streams_broken,
+            kv_orphan_bytes=self._orphan_bytes,
+            **asdict(self._pool.counts),
         )
 
     def check_empty(self) -> None:
@@ -202,6 +210,10 @@ class PrefillWorker:
             if not is_inside or part.first_token % layout.block_size or not ends_block:
                 expected = f"whole blocks of {layout.block_size} tokens, of {tokens} in {layout.num_layers} layers"
                 raise InvalidArgument("wanted", part, expected)
+
+    def _expire(self, sender: KVSender) -> None:
+        self._pool.counts.lease_expiries += 1
+        sender.fail(DeadlineExceeded("prefill"))
 
     def _handle(self, message: _Arrive | _Depart | _Drain) -> None:
         match message:

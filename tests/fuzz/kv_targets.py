@@ -80,6 +80,9 @@ def _plain(frame: Frame) -> Frame:
 
 
 class _Watch:
+    def took(self, kv_bytes: int) -> None:
+        pass
+
     def moved(self, address: str, kv_bytes: int, seconds: float) -> None:
         assert min(kv_bytes, seconds) >= 0, "KV cannot have moved backwards"
 

@@ -286,7 +286,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "workers", "requests_running", "requests_waiting", "requests_finished", "requests_rejected", "router", "attainment", "attainment_ttft", "attainment_tpot", "attainment_window", "requests_over_quota")
+    __slots__ = ("model", "workers", "requests_running", "requests_waiting", "requests_finished", "requests_rejected", "router", "attainment", "attainment_ttft", "attainment_tpot", "attainment_window", "requests_over_quota", "prompt_tokens", "generation_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +299,8 @@ class GetStatusResponse(_message.Message):
     ATTAINMENT_TPOT_FIELD_NUMBER: _ClassVar[int]
     ATTAINMENT_WINDOW_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     requests_running: int
@@ -311,10 +313,12 @@ class GetStatusResponse(_message.Message):
     attainment_tpot: float
     attainment_window: int
     requests_over_quota: int
-    def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ..., requests_over_quota: _Optional[int] = ...) -> None: ...
+    prompt_tokens: int
+    generation_tokens: int
+    def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ..., requests_over_quota: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale", "kv_faults")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale", "kv_faults", "prefix_queries", "prefix_hits", "preemptions", "kv_bytes", "kv_streams_broken", "kv_orphan_bytes", "lease_expiries", "draining", "queued_s", "context_tokens", "decode_step_s", "prefill_tokens_per_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -333,6 +337,18 @@ class WorkerStatus(_message.Message):
     PREFILL_SCALE_FIELD_NUMBER: _ClassVar[int]
     DECODE_SCALE_FIELD_NUMBER: _ClassVar[int]
     KV_FAULTS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_STREAMS_BROKEN_FIELD_NUMBER: _ClassVar[int]
+    KV_ORPHAN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_EXPIRIES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -351,4 +367,16 @@ class WorkerStatus(_message.Message):
     prefill_scale: float
     decode_scale: float
     kv_faults: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., kv_faults: _Optional[int] = ...) -> None: ...
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    kv_bytes: int
+    kv_streams_broken: int
+    kv_orphan_bytes: int
+    lease_expiries: int
+    draining: bool
+    queued_s: float
+    context_tokens: int
+    decode_step_s: float
+    prefill_tokens_per_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., kv_faults: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_streams_broken: _Optional[int] = ..., kv_orphan_bytes: _Optional[int] = ..., lease_expiries: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...

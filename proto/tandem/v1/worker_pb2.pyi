@@ -108,7 +108,7 @@ class Failed(_message.Message):
     def __init__(self, status_code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events", "kv_faults", "public_key")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "model", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "block_size", "prefill_tokens_per_s", "decode_step_s", "steps", "draining", "queued_s", "context_tokens", "prefill_scale", "decode_scale", "cost_error_median", "cost_error_p90", "local_only", "links", "kv_events", "kv_faults", "prefix_queries", "prefix_hits", "preemptions", "kv_bytes", "kv_streams_broken", "kv_orphan_bytes", "lease_expiries", "public_key")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,13 @@ class WorkerStats(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     KV_FAULTS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_STREAMS_BROKEN_FIELD_NUMBER: _ClassVar[int]
+    KV_ORPHAN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_EXPIRIES_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
@@ -162,8 +169,15 @@ class WorkerStats(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[LinkRate]
     kv_events: KVEvents
     kv_faults: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    kv_bytes: int
+    kv_streams_broken: int
+    kv_orphan_bytes: int
+    lease_expiries: int
     public_key: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ..., kv_faults: _Optional[int] = ..., public_key: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., block_size: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., local_only: _Optional[bool] = ..., links: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ..., kv_events: _Optional[_Union[KVEvents, _Mapping]] = ..., kv_faults: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_streams_broken: _Optional[int] = ..., kv_orphan_bytes: _Optional[int] = ..., lease_expiries: _Optional[int] = ..., public_key: _Optional[bytes] = ...) -> None: ...
 
 class LinkRate(_message.Message):
     __slots__ = ("prefill_address", "bytes_per_s")
