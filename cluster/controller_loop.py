@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -31,6 +32,8 @@ SLACK_S = 10.0
 COMING_S = 600.0
 # A fleet that could not add or remove a worker is not asked again for this long.
 RETRY_S = 60.0
+
+ActionKind = Literal["flip", "add", "remove"]
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class ControllerLoop:
         self._retry_s = 0.0
         self.flip_count = 0
         self.actions: list[tuple[float, Flip | Scale]] = []
+        self.action_counts: Counter[tuple[ActionKind, Role]] = Counter()
 
     # ── what the gateway calls ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -209,6 +213,7 @@ class ControllerLoop:
     def _act(self, action: Flip | Scale, sight: Sight, now: float) -> None:
         _log.info("controller: %s", action)
         self.actions.append((now, action))
+        self.action_counts[_kind(action), action.role] += 1
         if isinstance(action, Flip):
             self._wishes[action.worker_id] = _Wish(action.role, now)
             # It hears of it at its next report only. What is sent there until then would come back.
@@ -261,6 +266,12 @@ class ControllerLoop:
     def _give_up(self, what: str) -> None:
         _log.warning("%s", what)
         self._retry_s = asyncio.get_running_loop().time() + RETRY_S
+
+
+def _kind(action: Flip | Scale) -> ActionKind:
+    if isinstance(action, Flip):
+        return "flip"
+    return "add" if action.count > 0 else "remove"
 
 
 def attained(outcomes: Sequence[Outcome]) -> Attained:

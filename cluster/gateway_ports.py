@@ -18,6 +18,7 @@ from cluster.http.app import http_app
 from cluster.http.server import HttpServer, start_http
 from cluster.inference_server import inference_service
 from cluster.kserve.server import kserve_service
+from cluster.metrics.exposition import Metrics
 from cluster.registry_server import registry_service
 from cluster.security.clients import Clients
 from cluster.security.identity import read_certs
@@ -57,6 +58,7 @@ async def gateway_ports(
     gateway: Gateway,
     clients: Clients | None,
     tls: Tls | None,
+    metrics: Metrics,
     is_ready: Callable[[], bool],
 ) -> AsyncIterator[Ports]:
     """Serves `gateway` on `host` and the configured ports while the context lasts. On leaving, what runs may end first,
@@ -87,7 +89,7 @@ async def gateway_ports(
         )
         # Not for long: streams of health watchers never end by themselves.
         stack.push_async_callback(server.stop, CLOSE_GRACE_S)
-        http = await _start_http(config, host, gateway, clients, is_ready)
+        http = await _start_http(config, host, gateway, clients, metrics, is_ready)
         if http is not None:
             stack.push_async_callback(http.stop, CLOSE_GRACE_S)
         try:
@@ -98,7 +100,12 @@ async def gateway_ports(
 
 
 async def _start_http(
-    config: TandemConfig, host: str, gateway: Gateway, clients: Clients | None, is_ready: Callable[[], bool]
+    config: TandemConfig,
+    host: str,
+    gateway: Gateway,
+    clients: Clients | None,
+    metrics: Metrics,
+    is_ready: Callable[[], bool],
 ) -> HttpServer | None:
     if not config.cluster.http:
         return None
@@ -106,6 +113,7 @@ async def _start_http(
     app = http_app(
         gateway,
         Door(gateway, clients),
+        metrics,
         max_prompt_chars=limits.max_prompt_chars,
         max_body_bytes=port_limits(limits).request_bytes,
         is_ready=is_ready,

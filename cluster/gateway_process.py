@@ -21,6 +21,7 @@ from cluster.gateway import Gateway
 from cluster.gateway_cost import role_cost
 from cluster.gateway_ports import gateway_ports
 from cluster.links import DecodeLinks
+from cluster.metrics.exposition import Metrics
 from cluster.registry import Registry
 from cluster.routing.costs import RoleCosts
 from cluster.security.clear_text import warn_of_clear_text
@@ -88,7 +89,8 @@ async def running_gateway(
     tasks: list[asyncio.Task[None]] = []
     is_ready = partial(_has_route_now, registry, allow_local=limits.router.allow_local)
     try:
-        async with gateway_ports(config, host, gateway, clients, tls, is_ready) as ports:
+        metrics = Metrics(gateway, controller)
+        async with gateway_ports(config, host, gateway, clients, tls, metrics, is_ready) as ports:
             tasks.append(asyncio.create_task(_watch_readiness(ports.grpc, is_ready)))
             if clients is not None:
                 tasks.append(asyncio.create_task(_watch_clients(clients)))

@@ -17,8 +17,10 @@ from starlette.routing import Route
 from cluster.door import Door
 from cluster.gateway import Gateway
 from cluster.http.generation import Generation
+from cluster.http.metrics_page import MetricsPage
 from cluster.http.model_facts import ModelFacts
 from cluster.http.responses import error_response, json_response
+from cluster.metrics.exposition import Metrics
 from cluster.openai.errors import INTERNAL, error_answer, http_error
 from cluster.security.caller import Caller
 from cluster.tokenize_calls import TokenizeCalls
@@ -32,6 +34,7 @@ CLIENT_GONE = 499
 def http_app(
     gateway: Gateway,
     door: Door,
+    metrics: Metrics,
     *,
     max_prompt_chars: int,
     max_body_bytes: int,
@@ -72,6 +75,7 @@ def http_app(
             Route("/v1/models/{model:path}", behind_the_door(facts.model), methods=["GET"]),
             Route("/tokenize", behind_the_door(facts.tokenize), methods=["POST"]),
             Route("/detokenize", behind_the_door(facts.detokenize), methods=["POST"]),
+            Route("/metrics", behind_the_door(MetricsPage(metrics).get), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/ready", ready, methods=["GET"]),
         ],

@@ -14,6 +14,7 @@ from cluster.gateway_config import GatewayConfig
 from cluster.http.app import http_app
 from cluster.http.server import HttpServer, start_http
 from cluster.links import DecodeLinks
+from cluster.metrics.exposition import Metrics
 from cluster.registry import Registry
 from cluster.security.clients import Clients
 from kvtransfer.rpc_tls import Tls
@@ -77,6 +78,7 @@ async def web(
     app = http_app(
         gateway,
         Door(gateway, clients),
+        Metrics(gateway),
         max_prompt_chars=config.max_prompt_chars,
         max_body_bytes=MAX_BODY_BYTES,
         is_ready=lambda: bool(workers),

@@ -1,0 +1,1 @@
+"""What Prometheus is shown of a cluster, by its gateway: docs/observability.md."""
