@@ -1,4 +1,4 @@
-"""The command line: `tandem serve | generate | status | bench | plan | emulate | chaos | certs | keys | worker | …`.
+"""The command line: `tandem serve | generate | status | top | bench | plan | emulate | chaos | keys | worker | …`.
 
 Exit codes: 0 done; 2 a usage error or anything of the TandemError tree, with one line on stderr; 130 after Ctrl-C.
 What a command needs is imported inside it: torch, grpc and Ray take seconds, and `tandem --help` must not.
@@ -25,6 +25,7 @@ from cluster.commands.cli_chaos import chaos_command
 from cluster.commands.cli_config import config_commands
 from cluster.commands.cli_keys import keys_commands
 from cluster.commands.cli_planning import emulate_command, plan_command
+from cluster.commands.cli_top import top_command
 from cluster.commands.running import Stopped, run
 from cluster.environment import quiet_libraries, read_environment
 from cluster.host_port import require_host_port
@@ -295,6 +296,7 @@ app.command("emulate")(emulate_command())
 app.command("plan")(plan_command())
 app.command("bench")(bench_command())
 app.command("chaos")(chaos_command())
+app.command("top")(top_command())
 app.add_typer(keys_commands(), name="keys")
 app.add_typer(config_commands(), name="config")
 

@@ -38,6 +38,7 @@ PURE_FILES = (
     "engine/chunking.py",
     "engine/prefix_hash.py",
     "engine/slack_queue.py",
+    "engine/pool_counts.py",
     "engine/shard.py",
     "prefill_worker/scheduler.py",
     "decode_worker/scheduler.py",
@@ -66,6 +67,11 @@ PURE_FILES = (
     "cluster/report_checks.py",
     "cluster/restarts.py",
     "cluster/retry_budget.py",
+    "cluster/tally.py",
+    "cluster/token_flow.py",
+    "cluster/metrics/families.py",
+    "cluster/metrics/request_metrics.py",
+    "cluster/metrics/worker_metrics.py",
     "cluster/security/caller.py",
     "cluster/security/quotas.py",
     "engine/refusal_log.py",
@@ -84,7 +90,7 @@ PURE_FILES = (
     *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}
-COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys|config"
+COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys|config|top"
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
