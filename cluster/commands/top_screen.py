@@ -110,11 +110,10 @@ def _attainment(status: GetStatusResponse) -> str:
 
 def _pool(role: str, workers: list[WorkerStatus], rates: Rates, width: int, rows: int) -> list[Text | Table]:
     able = sum(worker.fresh and not worker.draining for worker in workers)
-    heading = _line(
-        f"{role}: {len(workers)} workers" + (f", {able} ready" if able < len(workers) else ""), width, "bold"
-    )
+    heading = f"{role}: {len(workers)} worker" + ("s" if len(workers) != 1 else "")
+    heading += f", {able} ready" if able < len(workers) else ""
     if not workers:
-        return [heading]
+        return [_line(heading, width, "bold")]
     # A box of none is as wide as what is in it.
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     columns = [column for column in _columns(role) if column.from_width <= width]
@@ -124,7 +123,7 @@ def _pool(role: str, workers: list[WorkerStatus], rates: Rates, width: int, rows
         style = "red" if not worker.fresh else "yellow" if worker.draining else ""
         table.add_row(*(column.show(worker, rates) for column in columns), style=style)
     more = len(workers) - rows
-    return [heading, table, *([_line(f"and {more} more", width)] if more > 0 else [])]
+    return [_line(heading, width, "bold"), table, *([_line(f"and {more} more", width)] if more > 0 else [])]
 
 
 def _columns(role: str) -> tuple[_Column, ...]:

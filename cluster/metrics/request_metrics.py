@@ -27,6 +27,8 @@ EXPOSED_BOUNDS_S = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 TOKEN_BOUNDS = tuple(float(1 << power) for power in range(20))
 ERROR_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
+# No phase takes longer.
+MAX_S = 1e7
 PHASES = ("gateway_queue", "prefill_queue", "prefill", "kv_exposed", "decode_queue", "decode", "retry")
 OBJECTIVES = ("both", "ttft", "tpot")
 ROUTES = ("split", "local")
@@ -81,7 +83,7 @@ PROMPT_TOKENS = Histogram("request_prompt_tokens", "Prompt tokens of finished re
 GENERATION_TOKENS = Histogram("request_generation_tokens", "Tokens of the answers of finished requests.")
 TTFT_ERROR = Histogram(
     "ttft_prediction_error_ratio",
-    "How far the router's prediction of the time to first token was off: |predicted - actual| / actual, of finished "
+    "How far the router's prediction of the time to first token was off, as a share of the actual time, of finished "
     "requests with a prediction.",
 )
 TPOT_ERROR = Histogram("tpot_prediction_error_ratio", "The same of the time per output token.")
@@ -145,26 +147,32 @@ class RequestMetrics:
     def _answered(self, request: Ended, receipt: Receipt) -> None:
         tallies, usage, choices = self._tallies, request.usage, len(request.finish_reasons)
         tallies[E2E].add(request.outcome.ended_s - request.arrived_s)
-        tallies[QUEUE].add(receipt.gateway_queue_s + receipt.prefill_queue_s + receipt.decode_queue_s)
-        tallies[PREFILL].add(receipt.prefill_s)
-        tallies[DECODE].add(receipt.decode_s)
+        phases_s = {phase: _believable(getattr(receipt, f"{phase}_s")) for phase in PHASES}
+        for phase, seconds in phases_s.items():
+            self._phases_s[phase] += seconds
+        tallies[QUEUE].add(phases_s["gateway_queue"] + phases_s["prefill_queue"] + phases_s["decode_queue"])
+        tallies[PREFILL].add(phases_s["prefill"])
+        tallies[DECODE].add(phases_s["decode"])
         tallies[PROMPT_TOKENS].add(usage.prompt_tokens)
         tallies[GENERATION_TOKENS].add(usage.completion_tokens)
         if usage.completion_tokens > choices:
             tallies[TPOT].add(receipt.tpot_s)
         if not request.outcome.was_local:
-            tallies[EXPOSED].add(receipt.kv_exposed_s)
+            tallies[EXPOSED].add(phases_s["kv_exposed"])
         for declared, predicted_s, actual_s in (
             (TTFT_ERROR, receipt.predicted_ttft_s, receipt.ttft_s),
             (TPOT_ERROR, receipt.predicted_tpot_s, receipt.tpot_s),
         ):
             if predicted_s > 0 and actual_s > 0:
                 tallies[declared].add(abs(predicted_s - actual_s) / actual_s)
-        for phase in PHASES:
-            self._phases_s[phase] += getattr(receipt, f"{phase}_s")
         self._cached += usage.cached_tokens
         self._kv_bytes += receipt.kv_bytes
         self._early_kv_bytes += receipt.kv_bytes_before_first_token
+
+
+def _believable(seconds: float) -> float:
+    """Most of a receipt is what a worker says. A sum must not go down, or be none any more."""
+    return seconds if 0 <= seconds < MAX_S else 0.0
 
 
 def _by_label(values: Counts[str] | dict[str, float]) -> list[tuple[tuple[str, ...], float]]:

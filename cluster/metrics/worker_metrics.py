@@ -61,7 +61,7 @@ GAUGES: dict[Gauge, Callable[[WorkerStatus], float]] = {
     ): lambda worker: worker.prefill_tokens_per_s,
     Gauge(
         "cost_model_error_median_ratio",
-        "Median of |predicted - actual| / actual of its last steps; 0 before the first.",
+        "How far its predictions of its last steps were off, as a share of what they took: median; 0 before the first.",
         LABELS,
     ): lambda worker: worker.cost_error_median,
     Gauge("cost_model_error_p90_ratio", "The 90th percentile of the same.", LABELS): lambda worker: (

@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import grpc
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.e2e.service import TANDEM, Served, error_of, eventually, is_alive, kill, serving, tandem
 from tests.golden.default_model import require_default_model
+from tests.metrics.scrape import read
 
 pytestmark = [pytest.mark.model]
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
@@ -163,6 +165,28 @@ def test_status(served: Served):
     table = tandem("status", "--url", served.address)
     assert table.returncode == 0
     assert "prefill-0" in table.stdout
+
+
+def test_metrics_are_those_of_the_workers(served: Served):
+    root = served.openai_url.removesuffix("/v1")
+    before = read(httpx.get(f"{root}/metrics").text)
+    [answer] = served.generate("A prompt that nobody has sent before, so that all of its KV has to travel.", *GREEDY)
+    receipt, usage = answer["receipt"], answer["usage"]
+
+    def counted(name: str, **labels: str) -> float:
+        return read(httpx.get(f"{root}/metrics").text).value(name, **labels) - before.value(name, **labels)
+
+    assert counted("requests_total", outcome="finished") == 1
+    assert counted("generation_tokens_total") == usage["completion_tokens"]
+    assert 0 < counted("inter_token_latency_seconds_count") < usage["completion_tokens"]
+    assert counted("request_kv_bytes_total") == receipt["kv_bytes"] > 0
+    # Workers tell of themselves with their next report.
+    eventually(lambda: counted("kv_received_bytes_total", worker="decode-0") == receipt["kv_bytes"], 30.0)
+    eventually(lambda: counted("prefix_cache_queries_total", worker="prefill-0") == usage["prompt_tokens"], 30.0)
+    assert counted("kv_streams_broken_total", worker="prefill-0") == 0, "what was read to its end is whole"
+    once = tandem("top", "--once", "--url", served.address)
+    assert once.returncode == 0, once.stderr
+    assert "prefill-0" in once.stdout
 
 
 def test_health(served: Served):

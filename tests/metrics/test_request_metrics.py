@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,13 @@ def test_a_client_that_left_counts_as_abort_and_misses_nothing() -> None:
     assert page["requests_attained_total", "ttft"] == 0
     assert page["request_retries_total",] == 1
     assert page["request_prompt_tokens_count",] == 0
+
+
+@pytest.mark.parametrize("lie", [-1.0, math.nan, math.inf])
+def test_a_worker_that_lies_spoils_no_sum(lie: float) -> None:
+    page = counted(replace(FINISHED, receipt=replace(RECEIPT, prefill_s=lie, decode_s=lie)), FINISHED)
+    assert page["request_phase_seconds_total", "prefill"] == page["request_prefill_time_seconds_sum",] == 0.4
+    assert page["request_decode_time_seconds_sum",] == 1.0
 
 
 def test_an_answer_of_one_token_has_no_time_between_tokens() -> None:

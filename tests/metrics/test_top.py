@@ -132,7 +132,7 @@ async def test_once_is_plain_text_with_rates() -> None:
         await top(url, interval_s=0.1, is_once=True, console=Console(file=file, width=100, highlight=False))
     shown = file.getvalue()
     assert "\x1b" not in shown
-    assert shown.count("decode: 1 workers") == 1
+    assert shown.count("decode: 1 worker") == 1
     assert "0/s of answers" in shown
     assert "100.0% of 1 met both" in shown
 
@@ -167,7 +167,7 @@ async def on_terminal(url: str, keys: bytes) -> tuple[int, bytes]:
         except OSError:
             # Nobody has the other end any more.
             asyncio.get_running_loop().remove_reader(ours)
-        if b"decode: 1 workers" in shown:
+        if b"decode: 1 worker" in shown:
             seen.set()
 
     asyncio.get_running_loop().add_reader(ours, read)

@@ -1,0 +1,134 @@
+"""The real Prometheus: it scrapes a gateway, evaluates every query of dashboard and alerts, and tests the alerts.
+
+Both programs are in Debian's package `prometheus`; without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import promql_parser
+import pytest
+
+from tests.metrics.queries import ALERT_TESTS, ALERTS, CHAT, alert_queries, busy_gateway, dashboard_queries
+
+needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="there is no prometheus to run")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool to run")
+
+
+@needs_promtool
+@pytest.mark.parametrize("words", [("check", "rules", str(ALERTS)), ("test", "rules", str(ALERT_TESTS))])
+def test_alerts_are_as_promtool_wants_them(words: tuple[str, ...]) -> None:
+    result = subprocess.run(["promtool", *words], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_promtool
+async def test_the_exposition_is_as_promtool_wants_it() -> None:
+    async with busy_gateway() as running, httpx.AsyncClient() as client:
+        text = (await client.get(f"{running.root}/metrics")).text
+    # Whoever starts promtool waits for it: elsewhere, as this loop has connections to close.
+    words = ["promtool", "check", "metrics"]
+    result = await asyncio.to_thread(
+        subprocess.run, words, input=text, capture_output=True, text=True, timeout=60, check=False
+    )
+    # The colon is vLLM's way to name what is a program's own. Of everything else it has nothing to say.
+    complaints = [line for line in result.stderr.splitlines() if "should not contain ':'" not in line]
+    assert complaints == []
+
+
+@needs_prometheus
+async def test_prometheus_answers_every_query(tmp_path: Path) -> None:
+    async with busy_gateway() as running, prometheus(running.server.address, tmp_path) as asks:
+        async with httpx.AsyncClient(base_url=running.url) as client:
+            await client.post("/chat/completions", json=CHAT)
+        # A rate needs two samples.
+        await until(asks, "count_over_time(tandem:requests_total[1m]) >= 3")
+        rates = await asks('increase(tandem:requests_total{outcome="finished"}[1m])')
+        assert float(rates[0]["value"][1]) > 0
+        for query in dashboard_queries():
+            assert await asks(query.text), f"{query} has no answer"
+        for query in alert_queries():
+            # At rest an alert is an empty answer: what it compares is to be there.
+            await asks(query.text)
+            for selector in selectors(query.text):
+                assert await asks(selector), f"{query.name}: {selector} has no answer"
+
+
+def selectors(text: str) -> list[str]:
+    found: list[str] = []
+
+    def note(node: promql_parser.Expr) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            found.append(str(node))
+
+    promql_parser.walk(promql_parser.parse(text), note)
+    return found
+
+
+class Asks:
+    """Evaluates a query now."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def __call__(self, query: str) -> list[dict[str, Any]]:
+        answer = await self._client.get("/api/v1/query", params={"query": query})
+        assert answer.status_code == 200, f"{query}: {answer.text}"
+        result: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return result
+
+
+async def until(asks: Asks, query: str) -> None:
+    async with asyncio.timeout(60):
+        while not await asks(query):  # noqa: ASYNC110 - a server elsewhere has no event
+            await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def prometheus(target: str, folder: Path) -> AsyncIterator[Asks]:
+    """One that scrapes `target` five times a second, with the alerts loaded."""
+    config = {
+        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "1s"},
+        "rule_files": [str(ALERTS)],
+        "scrape_configs": [{"job_name": "tandem", "static_configs": [{"targets": [target]}]}],
+    }
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            async with asyncio.timeout(60):
+                while not await is_up(client):
+                    assert process.returncode is None, "prometheus has ended"
+                    await asyncio.sleep(0.1)
+            asks = Asks(client)
+            await until(asks, "tandem:num_requests_running")
+            yield asks
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def is_up(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/-/ready")).status_code == 200
+    except httpx.TransportError:
+        return False
