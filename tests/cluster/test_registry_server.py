@@ -18,7 +18,7 @@ from cluster.registry_server import (
     send_heartbeat,
 )
 from engine.errors import InvalidArgument, Unavailable
-from engine.stats import LoopStats
+from engine.stats import COUNTS, LoopStats
 from kvtransfer.rpc_channel import Channels
 from kvtransfer.rpc_server import start_server
 from tests.eventually import eventually
@@ -93,6 +93,7 @@ async def test_reports_go_on_until_cancelled():
 async def test_load_links_and_kv_events_arrive_as_they_were_sent():
     events = KVEvents(3, False, stored=(1, (1 << 64) - 1), evicted=(7,))
     stats = replace(STATS, queued_s=1.5, context_tokens=9, prefill_scale=1.25, decode_scale=0.5, local_only=True)
+    stats = replace(stats, **{name: 7 + index for index, name in enumerate(COUNTS)})
     sent = replace(REPORT, stats=stats, links=(("p:1", 2.5e9),), kv_events=events)
     heard: list[WorkerReport] = []
 
