@@ -17,6 +17,7 @@ from tests.http_api.web import Web, web
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+PAGE = ROOT / "docs" / "observability.md"
 ALERT_TESTS = Path(__file__).with_name("alerts_test.yaml")
 VARIABLES = {"$__rate_interval": "1m", "$model": ".*", "$job": ".*"}
 # What Prometheus itself adds to every series.

@@ -8,10 +8,10 @@ import httpx
 import pytest
 from prometheus_client.metrics_core import Metric
 
-from tests.metrics.queries import ROOT, busy_gateway
+from tests.metrics.queries import PAGE, busy_gateway
 from tests.metrics.scrape import scrape
 
-PAGE = (ROOT / "docs" / "observability.md").read_text()
+TEXT = PAGE.read_text()
 ROW = re.compile(r"^\| `(tandem:\w+)` \| (\w+) \| (.*?) \| (.*?) \| (.*) \|$", re.MULTILINE)
 # By how a name ends, its `_total` aside.
 UNITS = {
@@ -37,7 +37,7 @@ async def families() -> dict[str, Metric]:
 
 
 async def test_the_tables_are_what_is_exposed(families: dict[str, Metric]) -> None:
-    rows = {name: rest for name, *rest in ROW.findall(PAGE)}
+    rows = {name: rest for name, *rest in ROW.findall(TEXT)}
     assert rows.keys() == families.keys()
     for name, (kind, _, labels, meaning) in rows.items():
         family = families[name]
@@ -47,14 +47,14 @@ async def test_the_tables_are_what_is_exposed(families: dict[str, Metric]) -> No
 
 
 def test_units_are_those_that_the_names_end_with() -> None:
-    for name, _, unit, _, _ in ROW.findall(PAGE):
+    for name, _, unit, _, _ in ROW.findall(TEXT):
         told = [right for ending, right in UNITS.items() if name.removesuffix("_total").endswith(ending)]
         # tokens/s ends with seconds' own ending as well as with that of a rate.
         assert unit == told[-1] if told else unit, name
 
 
 async def test_every_label_and_its_values_are_named(families: dict[str, Metric]) -> None:
-    told = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
+    told = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXT, re.MULTILINE))
     values: dict[str, set[str]] = {}
     for family in families.values():
         for sample in family.samples:
@@ -69,6 +69,6 @@ async def test_every_label_and_its_values_are_named(families: dict[str, Metric])
 async def test_how_many_series_there_are(families: dict[str, Metric]) -> None:
     samples = [sample for family in families.values() for sample in family.samples]
     of_a_worker = [sample for sample in samples if sample.labels.get("worker") == "d"]
-    assert f"{len(of_a_worker)} of each worker" in PAGE
+    assert f"{len(of_a_worker)} of each worker" in TEXT
     others = [sample for sample in samples if "worker" not in sample.labels]
-    assert f"some {round(len(others), -2)} series of a gateway" in PAGE
+    assert f"some {round(len(others), -2)} series of a gateway" in TEXT

@@ -13,7 +13,7 @@ import yaml
 from tests.metrics.queries import (
     ALERT_TESTS,
     DASHBOARD,
-    ROOT,
+    PAGE,
     TARGET_LABELS,
     VARIABLES,
     Query,
@@ -130,7 +130,7 @@ def test_every_alert_has_a_runbook_and_is_tested() -> None:
         for each in test["alert_rule_test"]
         if each.get("exp_alerts")
     }
-    headings = {line.removeprefix("### ") for line in page().splitlines() if line.startswith("### ")}
+    headings = {line.removeprefix("### ") for line in PAGE.read_text().splitlines() if line.startswith("### ")}
     names = {rule["alert"] for rule in alert_rules()}
     assert tested == names
     assert names <= headings, "what to do about it stands in the page"
@@ -138,7 +138,3 @@ def test_every_alert_has_a_runbook_and_is_tested() -> None:
     for rule in alert_rules():
         assert rule["annotations"]["runbook_url"] == f"docs/observability.md#{rule['alert'].lower()}"
         assert rule["labels"]["severity"] in ("critical", "warning")
-
-
-def page() -> str:
-    return (ROOT / "docs" / "observability.md").read_text()
