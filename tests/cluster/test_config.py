@@ -160,7 +160,7 @@ def test_configurations_on_the_pages_can_be_loaded(file):
                 load(path)
                 found.append(page.name)
             elif "scrape_configs" not in block:
-                # What else there is: plans of `tandem chaos`, and Prometheus' own, which promtool reads (tests/metrics).
+                # What else there is: plans of `tandem chaos`, and what promtool reads (tests/metrics).
                 read_plan(path, ("prefill-0", "prefill-1", "decode-0", "decode-1"))
     assert found.count("cluster.md") >= 3
 
