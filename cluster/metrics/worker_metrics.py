@@ -6,7 +6,7 @@ down while the name is there; a worker that is known no more takes its series al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.metrics_core import Metric
@@ -102,36 +102,41 @@ class _Life:
     counts: tuple[int, ...]
     before: tuple[int, ...]
 
+    @property
+    def total(self) -> tuple[int, ...]:
+        return tuple(map(sum, zip(self.before, self.counts, strict=True)))
 
-class WorkerMetrics:
+
+class Lives:
+    """What workers have counted, each under its name whatever incarnations it has had."""
+
     def __init__(self) -> None:
         self._lives: dict[str, _Life] = {}
 
-    def families(self, model: str, workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
-        """Call with all workers that are known, each time."""
-        for gauge, value in GAUGES.items():
-            yield gauge.family(model, [(_labels(worker), value(worker)) for worker in workers])
-        yield BLOCKS.family(model, [sample for worker in workers for sample in _blocks(worker)])
-        yield WORKERS.family(model, [((role,), _able(workers, role)) for role in ("prefill", "decode")])
-        self._live(workers)
-        for index, name in enumerate(COUNTS):
-            samples = [(_labels(worker), self._total(worker, index)) for worker in workers]
-            yield COUNTERS[name].family(model, samples)
-
-    def _live(self, workers: Sequence[WorkerStatus]) -> None:
+    def totals(self, workers: Sequence[WorkerStatus]) -> dict[str, tuple[int, ...]]:
+        """In order of COUNTS, by worker. Call with all workers that are known, each time: others are forgotten."""
         lives: dict[str, _Life] = {}
         for worker in workers:
             counts = tuple(getattr(worker, name) for name in COUNTS)
             life = self._lives.get(worker.worker_id)
             before = (0,) * len(COUNTS) if life is None else life.before
             if life is not None and _is_another(life, worker.incarnation, counts):
-                before = tuple(map(sum, zip(life.before, life.counts, strict=True)))
+                before = life.total
             lives[worker.worker_id] = _Life(worker.incarnation, counts, before)
         self._lives = lives
+        return {worker_id: life.total for worker_id, life in lives.items()}
 
-    def _total(self, worker: WorkerStatus, index: int) -> int:
-        life = self._lives[worker.worker_id]
-        return life.before[index] + life.counts[index]
+
+def worker_families(
+    model: str, workers: Sequence[WorkerStatus], totals: Mapping[str, tuple[int, ...]]
+) -> Iterator[Metric]:
+    for gauge, value in GAUGES.items():
+        yield gauge.family(model, [(_labels(worker), value(worker)) for worker in workers])
+    yield BLOCKS.family(model, [sample for worker in workers for sample in _blocks(worker)])
+    yield WORKERS.family(model, [((role,), _able(workers, role)) for role in ("prefill", "decode")])
+    for index, name in enumerate(COUNTS):
+        samples = [(_labels(worker), totals[worker.worker_id][index]) for worker in workers]
+        yield COUNTERS[name].family(model, samples)
 
 
 def _is_another(life: _Life, incarnation: int, counts: tuple[int, ...]) -> bool:
