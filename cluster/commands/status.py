@@ -7,6 +7,7 @@ import json
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tandem.v1.inference_pb2 import GetStatusResponse, WorkerStatus
 
 from cluster.calls import plain, service_errors
@@ -32,7 +33,7 @@ async def status(url: str, *, access: Access = OPEN_ACCESS, as_json: bool) -> No
         console.print(_attainment(response))
     for worker in response.workers:
         if worker.kv_faults:
-            console.print(f"{worker.worker_id}: {worker.kv_faults} KV frames came damaged or again")
+            console.print(f"{worker.worker_id}: {worker.kv_faults} KV frames came damaged or again", markup=False)
 
 
 def status_table(response: GetStatusResponse) -> Table:
@@ -48,7 +49,8 @@ def status_table(response: GetStatusResponse) -> Table:
     for heading in ("run", "wait", "queued", "KV", "steps", "error", "seen"):
         table.add_column(heading, justify="right")
     for worker in response.workers:
-        table.add_row(*_row(worker), style="" if worker.fresh else "red")
+        # As text: a worker's name may look like markup.
+        table.add_row(*map(Text, _row(worker)), style="" if worker.fresh else "red")
     return table
 
 

@@ -95,7 +95,7 @@ def _head(status: GetStatusResponse, rates: Rates) -> Iterator[str]:
     yield (
         f"tokens  {_rate(rates, rates.of('prompt_tokens'))}/s of prompts, "
         f"{_rate(rates, rates.of('generation_tokens'))}/s of answers, "
-        f"KV {_rate(rates, rates.of_workers('kv_bytes'))}B/s"
+        f"KV {_bytes(rates, rates.of_workers('kv_bytes'))}/s"
     )
 
 
@@ -114,14 +114,14 @@ def _pool(role: str, workers: list[WorkerStatus], rates: Rates, width: int, rows
     heading += f", {able} ready" if able < len(workers) else ""
     if not workers:
         return [_line(heading, width, "bold")]
-    # A box of none is as wide as what is in it.
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     columns = [column for column in _columns(role) if column.from_width <= width]
     for index, column in enumerate(columns):
         table.add_column(column.heading, justify="right" if index else "left", no_wrap=True, overflow="ellipsis")
     for worker in workers[:rows]:
         style = "red" if not worker.fresh else "yellow" if worker.draining else ""
-        table.add_row(*(column.show(worker, rates) for column in columns), style=style)
+        # As text: a worker's name may look like markup.
+        table.add_row(*(Text(column.show(worker, rates)) for column in columns), style=style)
     more = len(workers) - rows
     return [_line(heading, width, "bold"), table, *([_line(f"and {more} more", width)] if more > 0 else [])]
 
@@ -133,9 +133,9 @@ def _columns(role: str) -> tuple[_Column, ...]:
         else _Column("step", lambda worker, rates: f"{worker.decode_step_s * 1e3:.1f} ms", 60)
     )
     moved = (
-        _Column("orphaned", lambda worker, rates: f"{_number(worker.kv_orphan_bytes)}B", 100)
+        _Column("orphaned", lambda worker, rates: _with_unit(_number(worker.kv_orphan_bytes), "B"), 100)
         if role == "prefill"
-        else _Column("KV in", lambda worker, rates: f"{_rate(rates, rates.of_worker(worker, 'kv_bytes'))}B/s", 100)
+        else _Column("KV in", lambda worker, rates: f"{_bytes(rates, rates.of_worker(worker, 'kv_bytes'))}/s", 100)
     )
     return (
         _Column("worker", lambda worker, rates: worker.worker_id),
@@ -184,6 +184,14 @@ def _cost_error(worker: WorkerStatus) -> str:
 
 def _rate(rates: Rates, value: float) -> str:
     return _number(value) if rates.is_known else "-"
+
+
+def _bytes(rates: Rates, value: float) -> str:
+    return _with_unit(_rate(rates, value), "B")
+
+
+def _with_unit(number: str, unit: str) -> str:
+    return f"{number}{unit}" if number[-1].isalpha() else f"{number} {unit}"
 
 
 def _number(value: float) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from tandem.v1.inference_pb2 import GetStatusResponse, WorkerStatus
 
 from cluster.cli import run_command
+from cluster.commands.status import status_table
 from cluster.commands.top import top
 from cluster.commands.top_screen import Moment, screen
 from cluster.inference_server import inference_service
@@ -79,7 +80,7 @@ def test_a_gateway_or_a_worker_that_began_anew_has_no_negative_rates() -> None:
     )
     text = "\n".join(lines(again, NOW, 120))
     assert "0/s of answers" in text
-    assert "KV 0B/s" in text
+    assert "KV 0 B/s" in text
     moved = Moment(104.0, status(workers=[worker("decode-0", "decode", kv_bytes=5 << 20)]))
     assert "2.1 MB/s" in "\n".join(lines(moved, NOW, 120))
 
@@ -99,6 +100,15 @@ def test_states_and_full_pools() -> None:
     assert "50%" in by_name["c"]
     assert "decode: 3 workers, 1 ready" in "\n".join(shown)
     assert "prefill: 0 workers" in "\n".join(shown)
+
+
+def test_a_name_is_shown_as_it_is() -> None:
+    names = ["[red]a", "[/b]", "c\\[d"]
+    text = "\n".join(lines(Moment(1.0, status(workers=[worker(name, "decode") for name in names])), None, 120))
+    assert all(name in text for name in names)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(status_table(status(workers=[worker(name, "decode") for name in names])))
+    assert all(name in console.file.getvalue() for name in names), "tandem status shows them, too"
 
 
 def test_more_workers_than_rows() -> None:
