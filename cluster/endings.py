@@ -6,23 +6,26 @@ finished, or broke off by an error, or left by its client ─▶ outcomes, route
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.gateway_seams import RoleController
 from cluster.ledger import Ledger
 from cluster.messages import Usage
 from cluster.outcomes import Outcome, Outcomes, Reason
-from cluster.run import Run
+from cluster.run import Attempt, Run
 from engine.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError
 from engine.request import FinishReason, Receipt
+from engine.sampling import SamplingParams
+from engine.trace_context import TraceContext
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """One request that had come in good order, once it holds nothing any more. `request_id` is "" where it was never
     given one. `arrived_s` is of the gateway's clock. `problem` says what it broke off with, "" where it did not.
-    `finish_reasons` has one for each choice. `receipt` None: no worker had it."""
+    `finish_reasons` has one for each choice. `receipt` None: no worker had it. `admitted_s`: when it had a place, None
+    where it had none. `trace`: its span, None for none."""
 
     request_id: str
     tenant: str
@@ -32,6 +35,11 @@ class Ended:
     usage: Usage
     finish_reasons: tuple[FinishReason, ...]
     receipt: Receipt | None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    is_chat: bool = False
+    admitted_s: float | None = None
+    attempts: tuple[Attempt, ...] = ()
+    trace: TraceContext | None = None
 
 
 class Observer(Protocol):
@@ -65,6 +73,9 @@ class Endings:
 
     def broke_off(self, run: Run, error: BaseException) -> None:
         """Call with what ended a run before its answer was whole."""
+        if isinstance(error, Exception) and not isinstance(error, TandemError):
+            # For the log, which shows a bug's traceback.
+            error.add_note(f"request {run.request_id}")
         # What is no error of ours is a bug, or somebody's leaving: their words are not for others.
         self._tell(run, _reason(error), str(error) if isinstance(error, TandemError) else type(error).__name__)
 
@@ -90,6 +101,11 @@ class Endings:
             usage=run.usage(),
             finish_reasons=answer.finish_reasons(),
             receipt=run.receipt() if booking is not None else None,
+            params=run.request.params,
+            is_chat=run.is_chat,
+            admitted_s=run.admitted_s,
+            attempts=tuple(run.attempts),
+            trace=run.trace,
         )
         for observer in self._observers:
             observer.ended(ended)

@@ -32,6 +32,7 @@ from engine.errors import (
     Unavailable,
     VersionMismatch,
 )
+from engine.log_fields import about
 from engine.request import Receipt
 
 # A request that so many workers gave back finds the cluster in no state to serve it.
@@ -75,8 +76,9 @@ class Failures:
             raise error
         run.retries += 1
         route = booking.route
-        name, pair = run.request.request_id or "a request", (route.prefill_id or "local", route.decode_id)
-        _log.info("%s: %s, %s: %s; retry %d", name, *pair, error, run.retries)
+        pair = (route.prefill_id or "local", route.decode_id)
+        extra = about(run.request_id, run.trace)
+        _log.info("%s, %s: %s; retry %d", *pair, error, run.retries, extra=extra)
         await within(run.deadline_s, "recovery", asyncio.sleep(self._pause_s(run.retries)))
 
     def blame(self, booking: Booking, error: Exception) -> None:

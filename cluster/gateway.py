@@ -26,7 +26,7 @@ from cluster.endings import Endings
 from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
 from cluster.gateway_seams import RoleController, Tickets
-from cluster.intake import fitted, intake_chars, prompt_token_ids
+from cluster.intake import fitted, intake_chars, is_conversation, prompt_token_ids
 from cluster.ledger import Ledger
 from cluster.links import SHUTTING_DOWN, DecodeLinks, Mailbox
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
@@ -43,6 +43,7 @@ from cluster.security.quotas import Quotas
 from cluster.security.tenant_salts import TenantSalts
 from cluster.text_queue import TextQueue
 from cluster.token_flow import TokenFlow
+from cluster.tracing.sampler import Sampler
 from decode_worker.stream import Delta, Done, Event, Failed, Submit
 from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
 from engine.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class Gateway:
     `cost` predicts the workers' times, one cost model for all or one per role; None goes by the rates they report.
     `controller` says which role each worker is to have; None leaves them as they are. `tickets` allow KV streams; None
     where prefill workers do not ask. `salts` keep the prefixes of tenants apart; None leaves requests their own.
+    `sampler` says which requests are traced; None: they carry their clients' traces on, and no more.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Gateway:
         controller: RoleController | None = None,
         tickets: Tickets | None = None,
         salts: TenantSalts | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
@@ -77,6 +80,7 @@ class Gateway:
         self.controller = controller
         self.quotas = Quotas(config.quota, config.tenants)
         self._salts = salts
+        self._sampler = sampler
         self._registry = registry
         self._links = links
         self._config = config
@@ -113,6 +117,7 @@ class Gateway:
         try:
             with self._request_ids.own(request.tenant, request.request_id) as run.request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:
+                    run.admitted_s = asyncio.get_running_loop().time()
                     while not run.is_over:
                         # What a worker has had is worth more waiting than what can be told to come again.
                         wait_s = self._config.route_wait_s if run.booking is None else self._config.failures.wait_s
@@ -125,6 +130,7 @@ class Gateway:
                         except TandemError as error:
                             failure = error
                         finally:
+                            run.attempt_ends(asyncio.get_running_loop().time(), failure)
                             self._end(booking)
                         if failure is not None:
                             await self._failures.recover(run, booking, failure)
@@ -205,6 +211,7 @@ class Gateway:
         now = asyncio.get_running_loop().time()
         intake = partial(prompt_token_ids, request, self.model, self.tokenizer, self._config.max_prompt_chars)
         token_ids = await self.texts.run(intake_chars(request), intake)
+        is_chat = is_conversation(request.prompt)
         # Its text has been of use, and may be long.
         room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)
         request = replace(fitted(request, room_tokens), prompt=(), tools=())
@@ -220,7 +227,9 @@ class Gateway:
         charge = self.quotas.charge(request.tenant, len(token_ids), params.n * params.max_tokens, now)
         if self.controller is not None:
             self.controller.arrived(len(token_ids), params.n * params.max_tokens, objectives)
-        return Run(request, token_ids, objectives, on_failure, now, deadline_s, answer, charge)
+        trace = request.trace if self._sampler is None else self._sampler.begin(request.trace)
+        parts = (objectives, on_failure, now, deadline_s, answer, charge)
+        return Run(request, token_ids, *parts, trace=trace, is_chat=is_chat)
 
     def _give_up_s(self, run: Run) -> float:
         """Until when a place is of use. The baselines serve a request whose objective has passed as any other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -27,6 +28,7 @@ from cluster.security.caller import Caller
 from cluster.security.clients import Clients
 from cluster.tokenize_calls import TokenizeCalls
 from engine.errors import DeadlineExceeded, InvalidArgument, PermissionDenied
+from engine.trace_context import trace_of
 from kvtransfer.rpc_server import RpcService
 
 DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
@@ -80,6 +82,7 @@ class _Inference:
         tenant = self._caller.tenant
         request_id = request.request_id or self._gateway.new_request_id(tenant)
         asked = request_from_proto(request, request_id, left_s, tenant)
+        asked = replace(asked, trace=trace_of(context.invocation_metadata() or ()))
         with_logprobs = asked.params.logprobs is not None
         stream = cast(AsyncGenerator[Chunk | Complete, None], self._gateway.generate(asked))
         async with aclosing(stream) as parts:

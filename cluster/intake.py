@@ -59,11 +59,15 @@ def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...], tools: Seque
     """Characters of a prompt that are to be tokenized."""
     if isinstance(prompt, str):
         return len(prompt)
-    # Of token ids the first says enough: a prompt never mixes them with messages.
-    is_chat = bool(prompt) and isinstance(prompt[0], Message)
-    if not is_chat:
+    if not is_conversation(prompt):
         return 0
     return sum(turn.chars for turn in cast(tuple[Message, ...], prompt)) + sum(tool.chars for tool in tools)
+
+
+def is_conversation(prompt: str | tuple[int, ...] | tuple[Message, ...]) -> bool:
+    """Whether it is a chat."""
+    # Of token ids the first says enough: a prompt never mixes them with messages.
+    return bool(prompt) and isinstance(prompt[0], Message)
 
 
 def _check_small_fields(request: GenerateRequest) -> None:

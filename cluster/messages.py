@@ -10,6 +10,7 @@ from engine.objectives import NO_OBJECTIVES, Objectives
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
 from engine.tools import Tool, ToolCall
+from engine.trace_context import TraceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class GenerateRequest:
     taken from the gateway's class `slo_class`, then from its configuration. `on_failure`: what becomes of it when a
     worker is lost ("recompute", "retry", "fail"), "" for the gateway's default. `tenant`: whose request it is, "" where
     nobody is told apart. `fills_context`: the answer may be as long as the model's context allows, whatever
-    `params.max_tokens` says. `tools`: what a chat's answer may call."""
+    `params.max_tokens` says. `tools`: what a chat's answer may call. `trace`: the client's span, None where it has
+    none."""
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[Message, ...] = field(repr=False)
@@ -60,6 +62,7 @@ class GenerateRequest:
     tenant: str = ""
     fills_context: bool = False
     tools: tuple[Tool, ...] = ()
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,26 +6,43 @@ came are never drawn again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.answer import Answer
 from cluster.gateway_config import OnFailure
 from cluster.messages import Complete, GenerateRequest, Usage
 from cluster.prefix_index import BlockNames
 from cluster.routing.booking import Booking
-from cluster.routing.query import RouteQuery
+from cluster.routing.query import Route, RouteQuery
 from cluster.security.quotas import Charge
 from decode_worker.stream import Delta, Done, Submit
-from engine.errors import DeadlineExceeded, Unavailable
+from engine.errors import DeadlineExceeded, TandemError, Unavailable
+from engine.log_fields import told
 from engine.objectives import Objectives
 from engine.request import Receipt
+from engine.trace_context import TraceContext
+
+# The span of each attempt, by name.
+ATTEMPT = "attempt"
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One hand-over to workers. `ended_s` None: it is under way. `error_type` and `problem` say how it failed."""
+
+    submitted_s: float
+    route: Route
+    ended_s: float | None = None
+    error_type: str = ""
+    problem: str = ""
 
 
 @dataclass(slots=True)
 class Run:
     """`seed` is the request's own, or was drawn for it: every attempt has the same, so that its draws go on. Times are
     of the gateway's clock; `handed_over_s` is when a worker got it first, `submitted_s` when one got it last.
-    `request_id` is "" until one was taken for it."""
+    `request_id` is "" until one was taken for it. `admitted_s` is when it had a place, None before. `trace`: its span,
+    None where it is in no trace."""
 
     request: GenerateRequest
     token_ids: tuple[int, ...]
@@ -44,6 +61,10 @@ class Run:
     retries: int = 0
     done: Done | None = None
     request_id: str = ""
+    trace: TraceContext | None = None
+    is_chat: bool = False
+    admitted_s: float | None = None
+    attempts: list[Attempt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.seed = self.request.params.seed
@@ -102,6 +123,8 @@ class Run:
         left_s = None if self.deadline_s is None else self.deadline_s - now
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded("routing")
+        trace = None if self.trace is None else self.trace.child(ATTEMPT, len(self.attempts))
+        self.attempts.append(Attempt(now, booking.route))
         ttft_s = None if self.is_resumed else self.objectives.ttft_s
         token_ids = self._tokens_so_far()
         has_many = self.is_resumed and self.request.params.n > 1
@@ -117,7 +140,17 @@ class Run:
             tpot_s=self.objectives.tpot_s,
             prompt_tokens=len(self.token_ids) if len(token_ids) > len(self.token_ids) else 0,
             resumed=self.answer.so_far() if has_many else (),
+            trace=trace,
         )
+
+    def attempt_ends(self, now: float, error: TandemError | None) -> None:
+        """Call when its worker has no more of it."""
+        if not self.attempts or self.attempts[-1].ended_s is not None:
+            return
+        attempt = self.attempts[-1]
+        attempt.ended_s = now
+        if error is not None:
+            attempt.error_type, attempt.problem = type(error).__name__, told(error)
 
     def complete(self) -> Complete:
         """The whole answer."""

@@ -8,6 +8,7 @@ from tandem.v1 import worker_pb2
 from decode_worker.stream import Cancel, ChoiceSoFar, Command, Delta, Done, Event, Failed, Submit, TokenFrame
 from engine.errors import CorruptFrame, InvalidArgument, TandemError
 from engine.request import FinishReason
+from engine.trace_context import read_trace
 from kvtransfer.convert import (
     params_from_proto,
     params_to_proto,
@@ -39,6 +40,8 @@ def command_to_bytes(command: Command) -> bytes:
                     for choice in command.resumed
                 ],
                 ticket=command.ticket,
+                traceparent="" if command.trace is None else command.trace.traceparent,
+                tracestate="" if command.trace is None else command.trace.state,
             )
             return worker_pb2.Command(submit=submit).SerializeToString()
         case Cancel():
@@ -67,6 +70,7 @@ def command_from_bytes(raw: bytes) -> Command:
         prompt_tokens=submit.prompt_tokens,
         resumed=tuple(ChoiceSoFar(tuple(choice.token_ids), choice.is_finished) for choice in submit.resumed),
         ticket=submit.ticket,
+        trace=read_trace(submit.traceparent, submit.tracestate),
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 
+from decode_worker.stream import Submit
+from engine.log_fields import about
 from engine.running_average import RunningAverage
 
 MIN_BYTES = 64 << 10
@@ -39,9 +41,9 @@ class PrefillLinks:
         if len(self._rates) > MAX_ADDRESSES:
             self._rates.popitem(last=False)
 
-    def damaged(self, address: str, problem: str) -> None:
+    def damaged(self, address: str, problem: str, of: Submit) -> None:
         self.faults += 1
-        _log.warning("KV from prefill worker %s: %s", address, problem)
+        _log.warning("KV from prefill worker %s: %s", address, problem, extra=about(of.own_id, of.trace))
 
     def rates(self) -> tuple[tuple[str, float], ...]:
         return tuple((address, rate.value) for address, rate in self._rates.items())

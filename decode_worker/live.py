@@ -18,3 +18,9 @@ class Live:
     session: Session
     timer: asyncio.TimerHandle | None = None
     pull: Pull | None = None
+
+    def close_pull(self) -> None:
+        """Closes its stream and forgets it: what that still says is ignored."""
+        pull, self.pull = self.pull, None
+        if pull is not None and pull.task is not None:
+            pull.task.cancel()

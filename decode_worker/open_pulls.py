@@ -30,6 +30,7 @@ class OpenPulls:
         return len(self._open)
 
     def start(self, request: Request) -> Pull:
+        request.times.pull_started_s = asyncio.get_running_loop().time()
         pull = pulling.start(request, self._runner, self._transport, self._leases, self._tell, self.links)
         self._open.add(pull)
         return pull

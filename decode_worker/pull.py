@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from decode_worker.sequence import Request
+from decode_worker.stream import Submit
 from engine.batch import KVLayout, Runner
 from engine.errors import InvalidArgument, PermissionDenied, TandemError, TransferFailed
+from engine.trace_context import TraceContext
 from kvtransfer.frames import Arrival, Begin, Damaged, End, FirstToken, KVBlocks, KVRange
 from kvtransfer.receive import KVReceiver
 from kvtransfer.transport import MAX_WANTED, PrefillCall, PrefillTransport
@@ -56,6 +58,7 @@ class First:
 class Arrived:
     pull: Pull
     end: End
+    kv_began_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,11 @@ REFETCHES_MAX = 3
 REFETCH_BEGINS_S = 2.0
 
 
+# Spans, by name: what a decode worker does of an attempt, and of that what brings the prompt's KV here.
+SERVE = "decode worker"
+PULL = "pull"
+
+
 class Watch(Protocol):
     """Is told what is seen of the links to prefill workers."""
 
@@ -86,9 +94,14 @@ class Watch(Protocol):
         """So much KV came in a row, in so long."""
         ...
 
-    def damaged(self, address: str, problem: str) -> None:
-        """A frame came that is not what was sent, or came again."""
+    def damaged(self, address: str, problem: str, of: Submit) -> None:
+        """A frame of a request came that is not what was sent, or came again."""
         ...
+
+
+def pull_span(attempt: TraceContext) -> TraceContext:
+    """The span of a request's pull, however many calls that takes; `attempt` is the gateway's."""
+    return attempt.child(SERVE).child(PULL)
 
 
 def call_for(request: Request, layout: KVLayout, lease: int, now: float, wanted: tuple[KVRange, ...]) -> PrefillCall:
@@ -109,6 +122,7 @@ def call_for(request: Request, layout: KVLayout, lease: int, now: float, wanted:
         lease=lease,
         wanted=wanted,
         ticket=submit.ticket,
+        trace=None if submit.trace is None else pull_span(submit.trace),
     )
 
 
@@ -177,6 +191,7 @@ class _Intake:
         self._receiver: KVReceiver | None = None
         self._block_ids: Sequence[int] = ()
         self._first_token_s: float | None = None
+        self._kv_began_s: float | None = None
         self._kv_bytes = 0
         # Since the first token.
         self._late_bytes, self._last_kv_s = 0, 0.0
@@ -256,6 +271,8 @@ class _Intake:
         self._watch.took(payload.nbytes)
         self._late_bytes += payload.nbytes
         self._last_kv_s = asyncio.get_running_loop().time()
+        if self._kv_began_s is None:
+            self._kv_began_s = self._last_kv_s
         dtype = self._begin.layout.dtype
         self._runner.import_blocks(target, frame.first_token % size, frame.layers, frame.block_tokens, payload, dtype)
 
@@ -278,8 +295,8 @@ class _Intake:
         else:
             # A stream's own totals are of that stream alone.
             end = End(self._kv_bytes, min(end.kv_bytes_before_first_token if end else 0, self._kv_bytes))
-        self._tell(Arrived(self.pull, end))
+        self._tell(Arrived(self.pull, end, self._kv_began_s))
 
     def _note(self, problem: str) -> None:
         self.problem = problem
-        self._watch.damaged(self.address, problem)
+        self._watch.damaged(self.address, problem, self.pull.request.submit)

@@ -67,9 +67,12 @@ LEGAL_CHOICE_MOVES = {
 
 @dataclass(slots=True)
 class Timeline:
-    """When a request passed its marks, seconds of the worker's clock; None where it has not (or never will)."""
+    """When a request passed its marks, seconds of the worker's clock; None where it has not (or never will).
+    `pull_started_s`: its KV stream was asked for; `kv_began_s`: the first KV came by it."""
 
     arrived_s: float
+    pull_started_s: float | None = None
+    kv_began_s: float | None = None
     compute_started_s: float | None = None
     first_token_s: float | None = None
     kv_ready_s: float | None = None

@@ -16,6 +16,7 @@ from engine.errors import InvalidArgument
 from engine.request import FinishReason, Receipt
 from engine.request_checks import check_params, check_seconds, check_token_ids
 from engine.sampling import SamplingParams
+from engine.trace_context import TraceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Submit:
     `deadline_s`: seconds from now, None for none. `salt` separates tenants in the prefix cache. `ttft_due_s`: seconds
     from now until the first token should be at the gateway, `tpot_s`: the longest mean time per token after it; None
     where there is no such objective. Objectives order work, they never end it. `ticket` is the gateway's leave to have
-    the prompt computed there, passed on as it is.
+    the prompt computed there, passed on as it is. `trace`: the gateway's span of this attempt, None for none.
 
     What a client said stays out of logs, and so out of `repr`.
     """
@@ -54,11 +55,17 @@ class Submit:
     prompt_tokens: int = 0
     resumed: tuple[ChoiceSoFar, ...] = ()
     ticket: bytes = b""
+    trace: TraceContext | None = None
 
     @property
     def prompt_count(self) -> int:
         """Tokens of the prompt proper."""
         return self.prompt_tokens or len(self.token_ids)
+
+    @property
+    def own_id(self) -> str:
+        """What the client knows the request by: without the number that a gateway adds for each attempt."""
+        return self.request_id.rpartition("#")[0] or self.request_id
 
     @property
     def so_far(self) -> tuple[ChoiceSoFar, ...]:

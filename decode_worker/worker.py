@@ -23,6 +23,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.flight import DecodeBatch
 from decode_worker.live import Live
 from decode_worker.messages import Detach, Drain, Expire, FromGateway, Message
+from decode_worker.observer import Observer
 from decode_worker.open_pulls import OpenPulls
 from decode_worker.pipeline import Pipeline
 from decode_worker.pull import Arrived, Began, Ended, First, Pull
@@ -47,7 +48,7 @@ from kvtransfer.transport import PrefillTransport
 
 class DecodeWorker:
     """Continuous batching over pulled and local prompts. Implements decode_worker.stream.DecodeService. Each KV stream
-    gets one of `leases`, numbers that no other stream of this worker had."""
+    gets one of `leases`, numbers that no other stream of this worker had. `observer` is told of requests that end."""
 
     def __init__(
         self,
@@ -63,8 +64,10 @@ class DecodeWorker:
         note_events: bool = False,
         leases: Iterator[int] | None = None,
         pulse: Pulse | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.worker_id = worker_id
+        self._observer = observer
         self._runner = runner
         self._pulse = Pulse() if pulse is None else pulse
         self._cost = cost
@@ -197,7 +200,7 @@ class DecodeWorker:
         """Nothing can be computed: makes room for somebody, or waits for mail."""
         demoted = self._scheduler.make_room(asyncio.get_running_loop().time())
         for request in demoted:
-            self._close_pull(self._live[request.key])
+            self._live[request.key].close_pull()
         if demoted:
             return
         if not self._open:
@@ -274,8 +277,9 @@ class DecodeWorker:
                 request.times.remote_queue_s = frame.queue_s
                 request.times.remote_prefill_s = frame.prefill_s
                 self._emit(self._scheduler.first_tokens(request, frame.sampled, now))
-            case Arrived(end=end):
+            case Arrived(end=end, kv_began_s=kv_began_s):
                 self._pipeline.cut_short()
+                request.times.kv_began_s = kv_began_s
                 request.kv_bytes = end.kv_bytes
                 request.kv_bytes_before_first_token = end.kv_bytes_before_first_token
                 self._scheduler.arrived(request, now)
@@ -291,12 +295,6 @@ class DecodeWorker:
             pull = self._live[request.key].pull
             assert pull is not None, f"{request.key} waits for blocks without an open stream"
             pull.grant.set_result(self._pool.table(request.lead.owner))
-
-    def _close_pull(self, live: Live) -> None:
-        """Closes the stream and forgets it: what it still says is ignored."""
-        pull, live.pull = live.pull, None
-        if pull is not None and pull.task is not None:
-            pull.task.cancel()
 
     def _pull_ended(self, pull: Pull) -> None:
         self._open.ended(pull)
@@ -330,21 +328,23 @@ class DecodeWorker:
 
     def _fail(self, live: Live, error: TandemError) -> None:
         live.session.push(self._pipeline.steps, [Failed(live.request.submit.request_id, error)])
-        self._drop(live)
+        self._drop(live, error)
 
     def _handed_back(self) -> HandedBack:
         return HandedBack(f"decode worker {self.worker_id} drains and takes no new requests")
 
-    def _drop(self, live: Live) -> None:
+    def _drop(self, live: Live, error: TandemError | None = None) -> None:
         """Ends a request: finished, cancelled, expired or failed. Its blocks follow once nobody writes to them."""
         self._pipeline.cut_short()
         request = live.request
+        if self._observer is not None:
+            self._observer.ended(request, asyncio.get_running_loop().time(), error)
         del self._live[request.key]
         del live.session.requests[request.submit.request_id]
         if live.timer is not None:
             live.timer.cancel()
         self._scheduler.withdraw(request)
         is_written = self._open.is_written(request)
-        self._close_pull(live)
+        live.close_pull()
         if not is_written:
             self._scheduler.give_back(request)

@@ -61,7 +61,8 @@ class GrpcPrefillTransport:
             request = call_to_proto(call)
             if self._prove is not None:
                 request.proof = self._prove(call.ticket, call.lease)
-            rpc = prefill(request, timeout=call.deadline_s, metadata=self._spoken.metadata)
+            trace = call.trace.headers if call.trace is not None else ()
+            rpc = prefill(request, timeout=call.deadline_s, metadata=(*self._spoken.metadata, *trace))
             agree = partial(agree_with_server, rpc, self._spoken, f"the prefill worker at {address}")
             try:
                 yield MessageReader(rpc, partial(_arrival, call.lease), agree)
@@ -98,7 +99,7 @@ def frame_from_message(message: bytes, lease: int = 0) -> Frame:
 
 
 def call_to_proto(call: PrefillCall) -> prefill_pb2.PrefillRequest:
-    """`deadline_s` is not a field: it travels as the call's own deadline."""
+    """`deadline_s` and `trace` are no fields: they travel as the call's own deadline and metadata."""
     return prefill_pb2.PrefillRequest(
         request_id=call.request_id,
         token_ids=call.token_ids,

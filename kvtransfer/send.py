@@ -36,7 +36,7 @@ class _Run:
 class KVSender:
     """One stream's outbox. The worker's loop publishes; the transport pulls `frames()`, one at a time. Of what is
     published only what lies in `wanted` is sent, unless that is empty: ranges of whole blocks that do not overlap.
-    `is_sent`: all that was to be sent has been; `published_bytes` counts what was to be."""
+    `ended_s` is when the last frame was asked for, None before; `published_bytes` counts what was to be sent."""
 
     def __init__(self, runner: Runner, max_frame_bytes: int, wanted: Sequence[KVRange] = ()) -> None:
         self._runner = runner
@@ -49,9 +49,14 @@ class KVSender:
         self._published_all = False
         self._error: TandemError | None = None
         self.published_bytes = 0
-        self.is_sent = False
+        self.ended_s: float | None = None
         self._sent_bytes = 0
         self._sent_before_first_token = 0
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether all that was to be sent has been."""
+        return self.ended_s is not None
 
     def begin(self, frame: Begin) -> None:
         """Opens the stream: the prompt is about to run."""
@@ -98,7 +103,7 @@ class KVSender:
                 pending = self._cut(self._runs.popleft())
             elif self._published_all:
                 # Its reader may close the stream over this, the last frame.
-                self.is_sent = True
+                self.ended_s = asyncio.get_running_loop().time()
                 yield End(self._sent_bytes, self._sent_before_first_token)
                 return
             else:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from engine.batch import KVLayout
 from engine.sampling import SamplingParams
+from engine.trace_context import TraceContext
 from kvtransfer.frames import Arrival, Frame, KVRange
 
 # Parts of a prompt's KV that one call may ask for.
@@ -34,7 +35,7 @@ class PrefillCall:
     by the request's objective; it orders the queue and ends nothing. `prompt_tokens` of `token_ids` are the prompt
     proper (0: all), the rest was drawn before: the draw goes on after it. Every frame names `lease`, which no other
     call of this caller has. `wanted`: only this KV is to be sent, in whole blocks of the server; () for all from
-    `have_tokens` on. `ticket` is the gateway's leave for it.
+    `have_tokens` on. `ticket` is the gateway's leave for it. `trace`: the caller's span, None for none.
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class PrefillCall:
     lease: int = 0
     wanted: tuple[KVRange, ...] = ()
     ticket: bytes = b""
+    trace: TraceContext | None = None
 
     @property
     def prompt_count(self) -> int:

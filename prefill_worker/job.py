@@ -33,6 +33,7 @@ class Job:
 
     Times are seconds of the loop's clock. `computed` counts tokens whose KV is in the pool, cached ones included;
     `left_s` is what the rest takes alone, by the cost model or as a rough measure. `urgency` is set on arrival.
+    `finished_s` is when the first token was drawn, `sent_s` when the stream's last frame was asked for, None before.
     """
 
     key: str
@@ -43,6 +44,8 @@ class Job:
     cached: int = 0
     computed: int = 0
     started_s: float = 0.0
+    finished_s: float | None = None
+    sent_s: float | None = None
     left_s: float = 0.0
     urgency: Urgency = NO_HURRY
 

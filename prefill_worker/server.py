@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 from tandem.v1 import prefill_pb2
 
+from engine.trace_context import TraceContext, trace_of
 from kvtransfer.convert import layout_from_proto, params_from_proto
 from kvtransfer.frames import Frame, KVRange
 from kvtransfer.grpc_transport import frame_to_message
@@ -36,7 +37,7 @@ def prefill_service(
         request: prefill_pb2.PrefillRequest,
         context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, bytes],
     ) -> AsyncIterator[bytes]:
-        call = call_from_proto(request, context.time_remaining())
+        call = call_from_proto(request, context.time_remaining(), trace_of(context.invocation_metadata() or ()))
         if check is not None:
             check(call, request.proof)
         stream = cast(AsyncGenerator[Frame, None], service.prefill(call))
@@ -53,8 +54,10 @@ def prefill_service(
     return RpcService(DESCRIPTOR, {"Prefill": handler}, is_internal=True)
 
 
-def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | None) -> PrefillCall:
-    """`deadline_s`: what is left of the call's own deadline, None for no deadline."""
+def call_from_proto(
+    request: prefill_pb2.PrefillRequest, deadline_s: float | None, trace: TraceContext | None = None
+) -> PrefillCall:
+    """`deadline_s`: what is left of the call's own deadline, None for no deadline. `trace`: its caller's span."""
     return PrefillCall(
         request_id=request.request_id,
         token_ids=tuple(request.token_ids),
@@ -71,4 +74,5 @@ def call_from_proto(request: prefill_pb2.PrefillRequest, deadline_s: float | Non
             KVRange(part.first_token, part.end_token, part.first_layer, part.end_layer) for part in request.wanted
         ),
         ticket=request.ticket,
+        trace=trace,
     )

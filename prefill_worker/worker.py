@@ -33,6 +33,7 @@ from kvtransfer.send import KVSender
 from kvtransfer.transport import MAX_WANTED, PrefillCall
 from prefill_worker.config import PrefillConfig
 from prefill_worker.job import Job
+from prefill_worker.observer import Observer
 from prefill_worker.scheduler import Chunk, Finished, PrefillBatch, PrefillScheduler
 
 
@@ -67,8 +68,10 @@ class PrefillWorker:
         cost: StepCost | None = None,
         note_events: bool = False,
         pulse: Pulse | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.worker_id = worker_id
+        self._observer = observer
         self._pulse = Pulse() if pulse is None else pulse
         self._runner = runner
         self._config = config
@@ -103,11 +106,18 @@ class PrefillWorker:
         if deadline is not None:
             timer = loop.call_at(deadline, self._expire, sender)
         self._open_streams += 1
+        error: TandemError | None = None
         try:
             async with aclosing(sender.frames()) as frames:
                 async for frame in frames:
                     yield frame
+        except TandemError as raised:
+            error = raised
+            raise
         finally:
+            if self._observer is not None:
+                job.sent_s = sender.ended_s
+                self._observer.ended(job, loop.time(), error)
             if timer is not None:
                 timer.cancel()
             self._open_streams -= 1
@@ -284,6 +294,7 @@ class PrefillWorker:
 
     def _finish(self, finished: Finished, now: float) -> None:
         job = finished.job
+        job.finished_s = now
         sender = self._senders.get(job.key)
         if sender is not None:
             sender.first_token(FirstToken(finished.sampled, job.started_s - job.arrived_s, now - job.started_s))

@@ -87,7 +87,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, TandemError), "handlers are chosen by class"
     if isinstance(error, Cancelled):
         return Response(status_code=CLIENT_GONE)
-    return error_response(error_answer(error))
+    response = error_response(error_answer(error))
+    # What its logs and traces know it by, as far as it came.
+    if request_id := getattr(request.state, "request_id", ""):
+        response.headers["x-request-id"] = request_id
+    return response
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

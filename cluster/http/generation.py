@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -29,6 +30,7 @@ from cluster.openai.token_texts import TokenTexts
 from cluster.openai.tool_reader import ToolReader
 from cluster.security.caller import Caller
 from engine.errors import InvalidArgument, TandemError
+from engine.trace_context import trace_of
 
 
 class Generation:
@@ -41,10 +43,11 @@ class Generation:
         self._texts = TokenTexts(gateway.tokenizer)
 
     async def chat(self, request: Request, caller: Caller) -> Response:
-        asked = parse(ChatRequest, await read_body(request, self._max_body_bytes))
         request_id = self._request_id(request, caller)
+        asked = parse(ChatRequest, await read_body(request, self._max_body_bytes))
         tokenizer = self._gateway.tokenizer
         generate = asked.generate_request(request_id, objectives(request.headers), caller.tenant, tokenizer)
+        generate = replace(generate, trace=trace_of(request.headers.items()))
         reader = None
         if generate.tools and tokenizer is not None:
             reader = partial(ToolReader, tokenizer.tool_syntax, {tool.name for tool in generate.tools})
@@ -63,9 +66,11 @@ class Generation:
         return json_response(answer.whole(complete[0]), headers=headers)
 
     async def completions(self, request: Request, caller: Caller) -> Response:
-        asked = parse(CompletionRequest, await read_body(request, self._max_body_bytes))
         request_id = self._request_id(request, caller)
+        asked = parse(CompletionRequest, await read_body(request, self._max_body_bytes))
         generates = asked.generate_requests(request_id, objectives(request.headers), caller.tenant)
+        trace = trace_of(request.headers.items())
+        generates = [replace(generate, trace=trace) for generate in generates]
         answer = CompletionAnswer(
             self._heading("cmpl", request_id),
             self._texts,
@@ -144,7 +149,8 @@ class Generation:
         given = request.headers.get("x-request-id", "")
         if len(given) > MAX_REQUEST_ID_CHARS or not given.isprintable():
             raise InvalidArgument("x-request-id", given, f"at most {MAX_REQUEST_ID_CHARS} printable characters")
-        return given or self._gateway.new_request_id(caller.tenant)
+        request.state.request_id = given or self._gateway.new_request_id(caller.tenant)
+        return str(request.state.request_id)
 
     def _heading(self, prefix: str, request_id: str) -> Heading:
         return Heading(f"{prefix}-{request_id}", int(self._wall_clock()), self._gateway.model.name)

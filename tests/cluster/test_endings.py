@@ -125,7 +125,8 @@ async def test_a_bug_is_a_failure_whose_words_are_kept_back() -> None:
 
     async with serving(FakeDecode(ANSWER), rng=Broken(1)) as gateway:
         seen = Notebook(gateway)
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError) as caught:
             await collect(gateway, TO_THE_END)
+    assert caught.value.__notes__ == ["request r"], "for the log, with its traceback"
     [ended] = seen.all
     assert (ended.outcome.reason, ended.problem) == ("failed", "KeyError")

@@ -21,6 +21,7 @@ from engine.errors import (
     TransferFailed,
     Unavailable,
 )
+from engine.log_fields import FIELDS
 from engine.request import FinishReason
 from engine.sampling import SamplingParams
 from tests.cluster.fake_decode import STEP_S, FakeDecode, on_virtual_time
@@ -61,7 +62,8 @@ async def test_why_a_request_was_tried_again_is_in_the_log(caplog: pytest.LogCap
             fake.break_link(first, LOST)
             await task
     [record] = caplog.records
-    assert record.message.startswith(f"r: p, {first[:2]}: lost the decode worker at {first}: connection reset; retry 1")
+    assert record.message == f"p, {first[:2]}: lost the decode worker at {first}: connection reset; retry 1"
+    assert getattr(record, FIELDS) == {"request_id": "r"}
 
 
 @pytest.mark.parametrize("gone_s", [20.0, 100.0])

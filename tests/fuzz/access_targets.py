@@ -15,6 +15,7 @@ from cluster.security.auth_config import AuthConfig, JwtConfig
 from cluster.security.clients import Clients
 from cluster.security.tickets import SIGNATURE_BYTES, Holder, Issuer, Ticket, TicketCheck, digest_of
 from engine.errors import InvalidArgument, Overloaded, PermissionDenied, TandemError, Unauthenticated, VersionMismatch
+from engine.trace_context import MAX_STATE_CHARS, TraceContext, trace_of
 from kvtransfer.rpc import error_from_bytes, error_from_parts, error_to_bytes
 from kvtransfer.rpc_version import KEY, SPOKEN
 from tests.fuzz.kv_targets import CALL
@@ -122,7 +123,28 @@ def agree(data: bytes) -> None:
     assert SPOKEN.first <= agreed <= SPOKEN.last, f"version {agreed} is not spoken here"
 
 
+# ── traces ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TRACE = TraceContext(1 << 100, 1 << 50, True, "a=1,b=2")
+
+
+def read_trace_headers(data: bytes) -> None:
+    """The pieces: `traceparent`, `tracestate`."""
+    parent, state = (piece.decode("latin-1") for piece in pieces(data, 2))
+    trace = trace_of([("traceparent", parent), ("tracestate", state)])
+    if trace is None:
+        return
+    assert len(trace.state) <= MAX_STATE_CHARS, "more was taken than is passed on"
+    assert trace_of(trace.headers) == trace, "what is passed on is not what came"
+    assert trace.child("x").span_id, "an id of zeros is none"
+
+
+def _trace_headers() -> Sequence[bytes]:
+    return [joined(TRACE.traceparent.encode(), TRACE.state.encode()), joined(TRACE.traceparent.encode())]
+
+
 TARGETS = (
+    Target("trace headers", read_trace_headers, _trace_headers, ()),
     Target("error", read_error, _errors, ()),
     Target("ticket", check_ticket, _tickets, (PermissionDenied,)),
     Target("credentials", let_in, _credentials, (Unauthenticated,)),

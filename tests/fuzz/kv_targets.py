@@ -19,6 +19,7 @@ from cluster.planning.virtual_loop import VirtualLoop
 from decode_worker import pull
 from decode_worker.pull import Arrived, Began, Ended, News
 from decode_worker.sequence import Request, Timeline
+from decode_worker.stream import Submit
 from engine.batch import Batch, KVLayout, Sampled
 from engine.emulated_runner import EmulatedRunner
 from engine.errors import CorruptFrame, TandemError
@@ -86,7 +87,7 @@ class _Watch:
     def moved(self, address: str, kv_bytes: int, seconds: float) -> None:
         assert min(kv_bytes, seconds) >= 0, "KV cannot have moved backwards"
 
-    def damaged(self, address: str, problem: str) -> None:
+    def damaged(self, address: str, problem: str, of: Submit) -> None:
         assert problem, "damage has a name"
 
 

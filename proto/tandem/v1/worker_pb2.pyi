@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s", "prompt_tokens", "resumed", "ticket")
+    __slots__ = ("request_id", "token_ids", "sampling_params", "seed", "prefill_address", "deadline_s", "salt", "ttft_due_s", "tpot_s", "prompt_tokens", "resumed", "traceparent", "tracestate", "ticket")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class Submit(_message.Message):
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -40,8 +42,10 @@ class Submit(_message.Message):
     tpot_s: float
     prompt_tokens: int
     resumed: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
+    traceparent: str
+    tracestate: str
     ticket: bytes
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., resumed: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[bytes] = ..., ttft_due_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., resumed: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class ChoiceSoFar(_message.Message):
     __slots__ = ("token_ids", "is_finished")

@@ -1,0 +1,1 @@
+"""Traces of requests, by OpenTelemetry: what was measured becomes spans when a request ends."""
