@@ -16,6 +16,7 @@ import uvloop
 
 from cluster.collector import set_aside_what_is_loaded
 from cluster.config import from_json
+from cluster.logs.lines import set_up_logs
 from cluster.watchdog import Watchdog
 from cluster.worker_spec import WorkerSpec
 from engine.errors import TandemError
@@ -72,6 +73,7 @@ class WorkerActor:
             # Imported here, as above; and before the watchdog looks on: the loop does not turn meanwhile.
             from cluster.worker_process import run_worker
 
+            set_up_logs(self._config.logging, self._spec.worker_id)
             self._watchdog = watchdog = Watchdog()
             self._task = asyncio.current_task()
             self._loop = asyncio.get_running_loop()

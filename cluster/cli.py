@@ -29,6 +29,7 @@ from cluster.commands.cli_top import top_command
 from cluster.commands.running import Stopped, run
 from cluster.environment import quiet_libraries, read_environment
 from cluster.host_port import require_host_port
+from cluster.logs.lines import TEXT, set_up_logs
 from engine.errors import ConfigError, TandemError
 
 ERROR_EXIT_CODE = 2
@@ -128,6 +129,7 @@ def serve(
 
     from cluster.commands.serve import serve as keep_serving
 
+    set_up_logs(loaded.logging)
     try:
         run(keep_serving(loaded))
     except Stopped:
@@ -228,6 +230,7 @@ def worker(
 
     from cluster.commands.worker import work
 
+    set_up_logs(loaded.logging, spec.worker_id)
     try:
         run(work(spec, loaded, incarnation=incarnation, has_lifeline=lifeline))
     except Stopped:
@@ -310,7 +313,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit code."""
     try:
         quiet_libraries()
-        logging.basicConfig(level=read_environment().log_level, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level=read_environment().log_level or logging.WARNING, format=TEXT)
         code = app(list(arguments), standalone_mode=False)
         sys.stdout.flush()
     except TyperException as error:

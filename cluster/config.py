@@ -6,6 +6,8 @@
     gateway: {max_running: 256}
     cluster: {prefill: 1, decode: 1, address: ray}
     security: {gateway_certs: certs/gateway, worker_certs: certs/worker}
+    tracing: {endpoint: "http://127.0.0.1:4317", sample_ratio: 0.1}
+    logging: {level: info, format: json}
 
 Every key may be left out. A key that does not exist, or a value that cannot be, is a ConfigError that names its place.
 """
@@ -23,7 +25,9 @@ from pydantic_core import ErrorDetails
 
 from cluster.cluster_config import ClusterConfig
 from cluster.gateway_config import GatewayConfig
+from cluster.logs.logging_config import LoggingConfig
 from cluster.security.security_config import SecurityConfig
+from cluster.tracing.tracing_config import TracingConfig
 from cluster.yaml_file import parse_mapping, read_text
 from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig
@@ -54,6 +58,8 @@ class TandemConfig(BaseModel):
     gateway: GatewayConfig = GatewayConfig()
     cluster: ClusterConfig = ClusterConfig()
     security: SecurityConfig = SecurityConfig()
+    tracing: TracingConfig = TracingConfig()
+    logging: LoggingConfig = LoggingConfig()
 
 
 def load(path: Path | None = None, flags: Mapping[str, object] | None = None) -> TandemConfig:

@@ -16,20 +16,46 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What Tandem takes from its environment. `log_level` is a level of the logging package. `api_key`: what calls of
-    a service carry, "" for nothing."""
+    """What Tandem takes from its environment. `log_level` is a level of the logging package, None where there is none.
+    `api_key`: what calls of a service carry, "" for nothing."""
 
-    log_level: int = logging.WARNING
+    log_level: int | None = None
     api_key: str = field(default="", repr=False)
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """Reads TANDEM_LOG_LEVEL and TANDEM_API_KEY. `variables` stands in for the process's own. Raises ConfigError."""
     variables = os.environ if variables is None else variables
-    level = variables.get("TANDEM_LOG_LEVEL", "") or "warning"
-    if level.lower() not in LOG_LEVELS:
+    level = variables.get("TANDEM_LOG_LEVEL", "")
+    if level and level.lower() not in LOG_LEVELS:
         raise ConfigError(f"TANDEM_LOG_LEVEL: got {level!r}, expected one of {', '.join(LOG_LEVELS)}")
-    return Environment(logging.getLevelNamesMapping()[level.upper()], variables.get("TANDEM_API_KEY", "").strip())
+    number = logging.getLevelNamesMapping()[level.upper()] if level else None
+    return Environment(number, variables.get("TANDEM_API_KEY", "").strip())
+
+
+@dataclass(frozen=True, slots=True)
+class OtelEnvironment:
+    """What OpenTelemetry's own variables say of traces, in their words, "" where they say nothing. Its exporter reads
+    the rest itself: headers, certificates, time limits."""
+
+    is_disabled: bool = False
+    endpoint: str = ""
+    protocol: str = ""
+    sampler: str = ""
+    sampler_arg: str = ""
+
+
+def read_otel_environment(variables: Mapping[str, str] | None = None) -> OtelEnvironment:
+    """Reads OTEL_SDK_DISABLED, OTEL_TRACES_EXPORTER, OTEL_TRACES_SAMPLER and _ARG, and OTEL_EXPORTER_OTLP_ENDPOINT and
+    _PROTOCOL, or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and _PROTOCOL."""
+    variables = os.environ if variables is None else variables
+    names = ("OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG")
+    disabled, exporter, sampler, sampler_arg = (variables.get(name, "").strip().lower() for name in names)
+    endpoint, protocol = (
+        variables.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}", "") or variables.get(f"OTEL_EXPORTER_OTLP_{name}", "")
+        for name in ("ENDPOINT", "PROTOCOL")
+    )
+    return OtelEnvironment(disabled == "true" or exporter == "none", endpoint, protocol, sampler, sampler_arg)
 
 
 def quiet_libraries() -> None:

@@ -212,7 +212,10 @@ class ProcessFleet:
                 return last_line.removeprefix(ERROR_PREFIX)
             line = raw.decode("utf-8", "replace").rstrip()
             last_line = line or last_line
-            if line and not line.startswith(ERROR_PREFIX):
+            if line.startswith("{") and self._config.logging.format == "json":
+                # It says itself whose it is, and is to stay one object.
+                print(line, file=sys.stderr, flush=True)
+            elif line and not line.startswith(ERROR_PREFIX):
                 self._log(f"{worker_id}: {line}")
 
 

@@ -30,6 +30,7 @@ from cluster.commands.running import Stopped, run
 from cluster.config import TandemConfig, load
 from cluster.environment import use_relay
 from cluster.flexible_worker import FlexibleWorker
+from cluster.logs.lines import set_up_logs
 from cluster.worker_process import Edges, Served
 from cluster.worker_spec import WorkerSpec
 from decode_worker.stream import Command, TokenFrame
@@ -190,7 +191,9 @@ def chaos_worker(
     if relay:
         use_relay(worker_id, relay)
     spec = WorkerSpec(role.value, worker_id, gateway, host)
-    main = work_in_chaos(spec, load(config), hub, incarnation=time.time_ns())
+    loaded = load(config)
+    set_up_logs(loaded.logging, worker_id)
+    main = work_in_chaos(spec, loaded, hub, incarnation=time.time_ns())
     try:
         run(main, WarpedLoop if warped else uvloop.new_event_loop)
     except Stopped:

@@ -166,7 +166,7 @@ def test_configurations_on_the_pages_can_be_loaded(file):
 
 
 def test_environment():
-    assert read_environment({}).log_level == 30
+    assert read_environment({}).log_level is None
     assert read_environment({"TANDEM_LOG_LEVEL": "INFO"}).log_level == 20
     with pytest.raises(ConfigError, match="TANDEM_LOG_LEVEL: got 'loud', expected one of debug, info"):
         read_environment({"TANDEM_LOG_LEVEL": "loud"})
