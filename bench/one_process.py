@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,11 @@ from cluster.links import DecodeLinks
 from cluster.messages import ModelInfo
 from cluster.registry import Registry, Role, WorkerReport
 from cluster.registry_server import registry_service, send_heartbeat
+from cluster.tracing.decode_spans import DecodeSpans
+from cluster.tracing.gateway_spans import GatewaySpans
+from cluster.tracing.prefill_spans import PrefillSpans
+from cluster.tracing.sampler import Sampler
+from cluster.tracing.span import Sink
 from decode_worker.config import DecodeConfig
 from decode_worker.grpc_transport import GrpcDecodeTransport
 from decode_worker.server import decode_service
@@ -65,16 +70,21 @@ async def serving(
     prefix_cache: bool = True,
     limits: CallLimits | None = None,
     port: PortLimits | None = None,
+    sampler: Sampler | None = None,
+    sink_of: Callable[[str], Sink] | None = None,
 ) -> AsyncIterator[Service]:
     """Runs a gateway and one worker per runner until the context ends. A worker's crash is raised at the end. `limits`
-    of clients' calls, and of the gateway's port, are the service's own where None are given."""
+    of clients' calls, and of the gateway's port, are the service's own where None are given. `sampler` says which
+    requests are traced, `sink_of` where each process's spans go."""
     async with AsyncExitStack() as stack:
         config = gateway_config or GatewayConfig(heartbeat_interval_s=0.2, fresh_s=2.0)
         links = DecodeLinks(transport := GrpcDecodeTransport())
         stack.push_async_callback(transport.close)
         stack.push_async_callback(links.close)
         registry = Registry(config.fresh_s, config.expire_s)
-        gateway = Gateway(tokenizer, model, registry, links, config, random.Random(0))
+        gateway = Gateway(tokenizer, model, registry, links, config, random.Random(0), sampler=sampler)
+        if sink_of is not None:
+            gateway.endings.observe(GatewaySpans(sink_of("gateway"), model.name))
         inference = inference_service(gateway, max_prompt_chars=config.max_prompt_chars)
         services = [inference.within(limits or call_limits(config)), registry_service(gateway.heartbeat)]
         server = await start_server("127.0.0.1:0", services, limits=port or port_limits(config))
@@ -84,22 +94,27 @@ async def serving(
         for index, runner in enumerate(prefill_runners):
             worker_id = f"prefill-{index}"
             worker = PrefillWorker(
-                runner, prefill_config or PrefillConfig(), worker_id=worker_id, prefix_cache=prefix_cache
+                runner,
+                prefill_config or PrefillConfig(),
+                worker_id=worker_id,
+                prefix_cache=prefix_cache,
+                observer=None if sink_of is None else PrefillSpans(sink_of(worker_id)),
             )
             await join("prefill", worker, prefill_service(worker))
             prefill.append(worker)
         decode: list[DecodeWorker] = []
         for index, runner in enumerate(decode_runners):
-            pulls = GrpcPrefillTransport()
+            pulls, worker_id = GrpcPrefillTransport(), f"decode-{index}"
             stack.push_async_callback(pulls.close)
             decoder = DecodeWorker(
                 runner,
                 decode_config or DecodeConfig(),
                 pulls,
-                worker_id=f"decode-{index}",
+                worker_id=worker_id,
                 eos_token_ids=frozenset(model.eos_token_ids),
                 max_context=model.max_context,
                 prefix_cache=prefix_cache,
+                observer=None if sink_of is None else DecodeSpans(sink_of(worker_id)),
             )
             await join("decode", decoder, decode_service(decoder))
             decode.append(decoder)

@@ -21,6 +21,7 @@ from cluster.gateway import Gateway
 from cluster.gateway_cost import role_cost
 from cluster.gateway_ports import gateway_ports
 from cluster.links import DecodeLinks
+from cluster.logs.access_log import AccessLog
 from cluster.metrics.exposition import Metrics
 from cluster.registry import Registry
 from cluster.routing.costs import RoleCosts
@@ -31,6 +32,8 @@ from cluster.security.names import WORKER_NAME
 from cluster.security.tenant_salts import tenant_salts
 from cluster.security.ticket_office import TicketOffice
 from cluster.served_model import describe
+from cluster.tracing.gateway_spans import GatewaySpans
+from cluster.tracing.opening import make_sampler, open_sink
 from decode_worker.grpc_transport import GrpcDecodeTransport
 from engine.model_source import ModelFiles
 from engine.tokenizer import load as load_tokenizer
@@ -85,12 +88,16 @@ async def running_gateway(
     tickets = TicketOffice(registry)
     # Of the system: what clients see of it tells them nothing of what others get.
     rng = random.SystemRandom()
-    gateway = Gateway(tokenizer, model, registry, links, limits, rng, costs, controller, tickets, salts)
+    sampler = make_sampler(config.tracing, rng)
+    gateway = Gateway(tokenizer, model, registry, links, limits, rng, costs, controller, tickets, salts, sampler)
     tasks: list[asyncio.Task[None]] = []
     is_ready = partial(_has_route_now, registry, allow_local=limits.router.allow_local)
     try:
         metrics = Metrics(gateway, controller)
-        async with gateway_ports(config, host, gateway, clients, tls, metrics, is_ready) as ports:
+        async with (
+            _observed(gateway, config),
+            gateway_ports(config, host, gateway, clients, tls, metrics, is_ready) as ports,
+        ):
             tasks.append(asyncio.create_task(_watch_readiness(ports.grpc, is_ready)))
             if clients is not None:
                 tasks.append(asyncio.create_task(_watch_clients(clients)))
@@ -107,6 +114,17 @@ async def running_gateway(
     finally:
         await links.close()
         await transport.close()
+
+
+@asynccontextmanager
+async def _observed(gateway: Gateway, config: TandemConfig) -> AsyncIterator[None]:
+    """Has written down how requests end, as the configuration asks for."""
+    async with open_sink(config.tracing, "gateway") as spans:
+        if spans is not None:
+            gateway.endings.observe(GatewaySpans(spans, gateway.model.name))
+        if config.logging.access:
+            gateway.endings.observe(AccessLog())
+        yield
 
 
 def make_controller(

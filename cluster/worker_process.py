@@ -39,6 +39,10 @@ from cluster.security.identity import WorkerIdentity
 from cluster.security.names import GATEWAY_NAME, WORKER_NAME
 from cluster.served_model import served_name
 from cluster.step_watch import Hung, watch_steps
+from cluster.tracing.decode_spans import DecodeSpans
+from cluster.tracing.opening import open_sink
+from cluster.tracing.prefill_spans import PrefillSpans
+from cluster.tracing.span import Sink
 from cluster.watchdog import Watchdog
 from cluster.worker_config import worker_config
 from cluster.worker_spec import WorkerSpec, cpus_of, is_colocated
@@ -155,17 +159,24 @@ async def _run_engine(
     transport = GrpcPrefillTransport(channels, identity.holder.prove)
     try:
         cost = predictor(config, engine)
-        worker = flexible_worker(spec, config, engine, edges.transport(transport), cost)
-        await serve_worker(spec, config, worker, name, incarnation, identity, serving, watchdog, cost, edges)
+        async with open_sink(config.tracing, spec.worker_id) as spans:
+            worker = flexible_worker(spec, config, engine, edges.transport(transport), cost, spans)
+            await serve_worker(spec, config, worker, name, incarnation, identity, serving, watchdog, cost, edges)
     finally:
         await transport.close()
         await engine.runner.close()
 
 
 def flexible_worker(
-    spec: WorkerSpec, config: TandemConfig, engine: Engine, transport: PrefillTransport, cost: StepCost
+    spec: WorkerSpec,
+    config: TandemConfig,
+    engine: Engine,
+    transport: PrefillTransport,
+    cost: StepCost,
+    spans: Sink | None = None,
 ) -> FlexibleWorker:
-    """The loops of both roles over one engine. What steps have taught of its speed outlives a change of role."""
+    """The loops of both roles over one engine. What steps have taught of its speed outlives a change of role. `spans`:
+    where traces go, None for nowhere."""
     pulse = Pulse(CANARY_S)
     # Not those that a predecessor at this address had.
     leases = count(secrets.randbits(62))
@@ -179,6 +190,7 @@ def flexible_worker(
             cost=cost,
             note_events=config.engine.prefix_cache,
             pulse=pulse,
+            observer=None if spans is None else PrefillSpans(spans),
         )
 
     def make_decode() -> DecodeWorker:
@@ -194,6 +206,7 @@ def flexible_worker(
             note_events=config.engine.prefix_cache,
             leases=leases,
             pulse=pulse,
+            observer=None if spans is None else DecodeSpans(spans),
         )
 
     flip_limit_s = config.cluster.controller.flip_limit_s

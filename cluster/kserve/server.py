@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeAlias, cast
 
@@ -24,6 +25,7 @@ from cluster.openai.request import told
 from cluster.security.caller import Caller
 from cluster.security.clients import Clients
 from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, TandemError
+from engine.trace_context import trace_of
 from kvtransfer.rpc_server import RpcService
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -161,6 +163,7 @@ class _Inference:
         tenant = self._caller.tenant
         # The gateway's own id: that of the protocol need not be unique.
         request = asked.generate_request(self._gateway.new_request_id(tenant), left_s, tenant)
+        request = replace(request, trace=trace_of(context.invocation_metadata() or ()))
         stream = cast(AsyncGenerator[Chunk | Complete, None], self._gateway.generate(request))
         try:
             async with aclosing(stream) as parts:

@@ -25,8 +25,10 @@ from cluster.links import DecodeLinks
 from cluster.messages import Chunk, Complete, ModelInfo
 from cluster.planning import virtual_loop
 from cluster.registry import HeartbeatReply, Registry, Role, WorkerReport
+from cluster.tracing.sampler import Sampler
 from decode_worker.config import DecodeConfig
 from decode_worker.memory import MemoryDecodeTransport
+from decode_worker.observer import Observer as DecodeObserver
 from decode_worker.stream import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout, LayerListener, StepOutput
@@ -36,6 +38,7 @@ from engine.pulse import CANARY
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
 from kvtransfer.transport import PrefillService
 from prefill_worker.config import PrefillConfig
+from prefill_worker.observer import Observer as PrefillObserver
 from prefill_worker.worker import PrefillWorker
 from tests.planning.linear_cost import LinearCost
 from tests.sim.traffic import EOS, MAX_CONTEXT, VOCAB, Client, check_client, draw_clients
@@ -164,6 +167,10 @@ class World:
         self.decode_network: MemoryNetwork[DecodeService] = MemoryNetwork(Link(shape.latency_s, window=shape.window))
         self.prefills: dict[str, PrefillWorker] = {}
         self.decodes: dict[str, DecodeWorker] = {}
+        # Where requests are traced, and those who write down what each process says of them.
+        self.sampler: Sampler | None = None
+        self.prefill_observer: PrefillObserver | None = None
+        self.decode_observer: DecodeObserver | None = None
         self.oracle = self._runner(KVLayout(MODEL, NUM_LAYERS, 1, 1, "uint64", 16, 1))
 
     async def run(self) -> None:
@@ -247,7 +254,8 @@ class World:
     def _prefill(self, runner: WatchedRunner, name: str) -> PrefillWorker:
         shape = self.shape
         config = shape.prefill_config()
-        return PrefillWorker(runner, config, worker_id=name, prefix_cache=shape.prefix_cache)
+        cache, observer = shape.prefix_cache, self.prefill_observer
+        return PrefillWorker(runner, config, worker_id=name, prefix_cache=cache, observer=observer)
 
     def _decode(self, runner: WatchedRunner, name: str) -> DecodeWorker:
         shape = self.shape
@@ -261,6 +269,7 @@ class World:
             max_context=MAX_CONTEXT,
             prefix_cache=shape.prefix_cache,
             leases=count(self._lease_starts.getrandbits(62)),
+            observer=self.decode_observer,
         )
 
     def _kv_transport(self) -> MemoryPrefillTransport:
@@ -294,7 +303,8 @@ class World:
         model = ModelInfo(MODEL, VOCAB, MAX_CONTEXT, eos_token_ids=(EOS,))
         registry = Registry(config.fresh_s, config.expire_s)
         cost = LinearCost(2e-3, 5e-5, 0.0, 5e-5, 2e-7, saturation_tokens=64) if routing.has_cost else None
-        return Gateway(None, model, registry, links, config, random.Random(self._rng.getrandbits(64)), cost)
+        rng = random.Random(self._rng.getrandbits(64))
+        return Gateway(None, model, registry, links, config, rng, cost, sampler=self.sampler)
 
     def _start_heartbeats(self, gateway: Gateway) -> list[asyncio.Task[None]]:
         roles: list[tuple[Role, str, PrefillWorker | DecodeWorker]] = []
