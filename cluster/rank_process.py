@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 
 from cluster.config import TandemConfig, from_json, to_json
 from cluster.environment import child_environment
+from cluster.logs.lines import set_up_logs
 from engine.engine import load_follower
 from engine.errors import ConfigError, TandemError
 from engine.model_source import resolve, silent
@@ -122,8 +123,10 @@ def main() -> int:
     """One rank as a process. Its order comes as one line of JSON."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
+    config = from_json(order["config"])
+    set_up_logs(config.logging)
     try:
-        follow_leader(from_json(order["config"]), order["rank"], order["address"], "127.0.0.1")
+        follow_leader(config, order["rank"], order["address"], "127.0.0.1")
     except TandemError:
         # The leader has been told, and says it.
         return USAGE_EXIT_CODE

@@ -298,3 +298,13 @@ async def test_a_gateway_that_ends_takes_no_more() -> None:
         assert not (await service.stub.ModelReady(pb.ModelReadyRequest(name="tiny"))).ready
         code, _ = await service.refusal(request())
         assert code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_request_is_part_of_its_clients_trace() -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    async with serving() as service:
+        metadata = (("traceparent", f"00-{trace_id}-b7ad6b7169203331-01"),)
+        await service.stub.ModelInfer(request(), timeout=20, metadata=metadata)
+        ((_, submit),) = service.fake.submits
+    assert submit.trace is not None
+    assert submit.trace.trace_id_hex == trace_id
