@@ -5,6 +5,7 @@
 #   make test    format, lint, types, import directions and every test, in some minutes
 #   make check   the same without the tests
 #   make node-clients   what the tests of Node's clients need, where npm is; `make test` does it by itself
+#   make test-openapi   10,000 requests made up from the OpenAPI document, to a real service; N= for another number
 #   make test-nightly   the long tests too
 #   make chaos   four minutes of faults of every kind on a local cluster under load; CHAOS_FLAGS= for other plans
 #   make bench-partition   a real link between two network namespaces that loses packets and fails; needs root
@@ -32,6 +33,7 @@ SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 FUZZ_FLAGS ?=
+N ?= 10000
 CHAOS_FLAGS ?= --plan bench/chaos_plan.yaml --config bench/chaos_cluster.yaml
 # The Python that sees the GPU.
 GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
@@ -44,7 +46,7 @@ write = $(if $(WRITE),--write $(1))
 # Several processes share the cores: a thread that waits must not spin on one that another could use.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve soak fuzz test test-nightly test-gpu check model node-clients clean install cuda-device
+.PHONY: demo serve soak fuzz test test-nightly test-openapi test-gpu check model node-clients clean install cuda-device
 .PHONY: chaos bench-partition bench-first-token bench-disconnect bench-http bench-tools bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
@@ -61,6 +63,9 @@ test: check model node-clients
 
 test-nightly: check model node-clients
 	TANDEM_TEST_PROFILE=nightly $(BIN)/python -m pytest -m "not gpu" --timeout 3600 $(PYTEST_FLAGS)
+
+test-openapi: model
+	$(BIN)/python -m tests.http_api.openapi_campaign --cases $(N)
 
 test-gpu: cuda-device
 	$(GPU_PYTHON) -m pytest -c tests/gpu.ini --rootdir . -m gpu \

@@ -24,6 +24,10 @@ class Door:
         self._clients = clients
         self._refusals = RefusalLog()
 
+    @property
+    def asks_who_calls(self) -> bool:
+        return self._clients is not None
+
     def let_in(self, headers: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Who a call is from. `headers`: names in lower case. Raises Unauthenticated, or Overloaded for a caller that
         is over its quota of calls."""

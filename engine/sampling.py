@@ -6,7 +6,9 @@ Names and defaults follow the field's usage (vLLM, SGLang, OpenAI).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from engine.errors import InvalidArgument
 from engine.structure import Structure
@@ -16,6 +18,37 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """From `low`, itself included unless `is_open`, to `high`, included."""
+
+    low: float
+    high: float
+    is_open: bool = False
+
+
+NUMBERS: Mapping[str, Range] = MappingProxyType(
+    {
+        "temperature": Range(0.0, 100.0),
+        "top_p": Range(0.0, 1.0, is_open=True),
+        "min_p": Range(0.0, 1.0),
+        "repetition_penalty": Range(0.0, 100.0, is_open=True),
+        "presence_penalty": Range(-2.0, 2.0),
+        "frequency_penalty": Range(-2.0, 2.0),
+    }
+)
+COUNTS: Mapping[str, Range] = MappingProxyType(
+    {
+        "top_k": Range(-1, 1 << 31),
+        "n": Range(1, MAX_CHOICES),
+        "max_tokens": Range(1, 1 << 31),
+        "min_tokens": Range(0, 1 << 31),
+        "logprobs": Range(0, MAX_LOGPROBS),
+        "seed": Range(-(1 << 63), (1 << 63) - 1),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,36 +111,23 @@ class SamplingParams:
                     raise InvalidArgument(f"sampling_params.{name}", token_id, f"a token id in [0, {vocab_size})")
 
     def _check_numbers(self) -> None:
-        # Each line: name, value, lower bound, upper bound, whether the lower bound itself is allowed.
-        ranges = (
-            ("temperature", self.temperature, 0.0, 100.0, True),
-            ("top_p", self.top_p, 0.0, 1.0, False),
-            ("min_p", self.min_p, 0.0, 1.0, True),
-            ("repetition_penalty", self.repetition_penalty, 0.0, 100.0, False),
-            ("presence_penalty", self.presence_penalty, -2.0, 2.0, True),
-            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0, True),
-        )
-        for name, value, low, high, low_allowed in ranges:
-            inside = low <= value <= high and (low_allowed or value > low)
+        for name, allowed in NUMBERS.items():
+            value = getattr(self, name)
+            inside = allowed.low <= value <= allowed.high and not (allowed.is_open and value == allowed.low)
             if not math.isfinite(value) or not inside:
-                bracket = "[" if low_allowed else "("
-                raise InvalidArgument(f"sampling_params.{name}", value, f"a number in {bracket}{low:g}, {high:g}]")
+                bracket = "(" if allowed.is_open else "["
+                limits = f"a number in {bracket}{allowed.low:g}, {allowed.high:g}]"
+                raise InvalidArgument(f"sampling_params.{name}", value, limits)
         for token_id, bias in self.logit_bias:
             if not math.isfinite(bias) or abs(bias) > 100:
                 raise InvalidArgument("sampling_params.logit_bias", {token_id: bias}, "a bias in [-100, 100]")
 
     def _check_counts(self) -> None:
-        ranges = (
-            ("top_k", self.top_k, -1, 1 << 31),
-            ("n", self.n, 1, MAX_CHOICES),
-            ("max_tokens", self.max_tokens, 1, 1 << 31),
-            ("min_tokens", self.min_tokens, 0, self.max_tokens),
-            ("logprobs", self.logprobs or 0, 0, MAX_LOGPROBS),
-            ("seed", self.seed or 0, -(1 << 63), (1 << 63) - 1),
-        )
-        for name, value, low, high in ranges:
-            if not low <= value <= high:
-                raise InvalidArgument(f"sampling_params.{name}", value, f"an integer in [{low}, {high}]")
+        for name, allowed in COUNTS.items():
+            value = getattr(self, name) or 0
+            high = self.max_tokens if name == "min_tokens" else allowed.high
+            if not allowed.low <= value <= high:
+                raise InvalidArgument(f"sampling_params.{name}", value, f"an integer in [{allowed.low}, {high}]")
         if len(self.stop) > MAX_STOPS:
             raise InvalidArgument("sampling_params.stop", len(self.stop), f"at most {MAX_STOPS} stop strings")
         for text in self.stop:

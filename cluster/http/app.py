@@ -19,6 +19,7 @@ from cluster.gateway import Gateway
 from cluster.http.generation import Generation
 from cluster.http.metrics_page import MetricsPage
 from cluster.http.model_facts import ModelFacts
+from cluster.http.openapi import openapi_document
 from cluster.http.responses import error_response, json_response
 from cluster.metrics.exposition import Metrics
 from cluster.openai.errors import INTERNAL, error_answer, http_error
@@ -45,6 +46,11 @@ def http_app(
     `wall_clock`: seconds since 1970."""
     generation = Generation(gateway, max_body_bytes, wall_clock)
     facts = ModelFacts(gateway, TokenizeCalls(gateway, max_prompt_chars), max_body_bytes, int(wall_clock()))
+
+    document = json_response(openapi_document(gateway.model, asks_who_calls=door.asks_who_calls))
+
+    async def openapi(request: Request) -> Response:
+        return document
 
     async def health(request: Request) -> Response:
         return json_response({"status": "ok"})
@@ -78,6 +84,7 @@ def http_app(
             Route("/metrics", behind_the_door(MetricsPage(metrics).get), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/ready", ready, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
         ],
         exception_handlers={TandemError: _refused, HTTPException: _not_served, Exception: _crashed},
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,11 +15,11 @@ from cluster.http.body import read_body
 from cluster.http.responses import json_response
 from cluster.inference_convert import MAX_MESSAGES
 from cluster.openai.chat_request import ChatMessage
-from cluster.openai.request import parse
+from cluster.openai.request import parse, told
 from cluster.openai.tools import MAX_TOOLS, ToolField, offered
 from cluster.security.caller import Caller
 from cluster.tokenize_calls import TokenizeCalls
-from engine.errors import NotFound
+from engine.errors import NotFound, TandemError
 
 
 class TokenizeRequest(BaseModel):
@@ -66,18 +68,21 @@ class ModelFacts:
     async def tokenize(self, request: Request, caller: Caller) -> Response:
         asked = parse(TokenizeRequest, await read_body(request, self._max_body_bytes))
         self._check_model(asked.model)
-        if asked.messages is None:
-            token_ids = await self._calls.encode(asked.prompt or "", asked.add_special_tokens)
-        else:
-            turns = tuple(message.turn(index) for index, message in enumerate(asked.messages))
-            token_ids = await self._calls.encode_chat(turns, offered(asked.tools or ()))
+        with _told():
+            if asked.messages is None:
+                token_ids = await self._calls.encode(asked.prompt or "", asked.add_special_tokens)
+            else:
+                turns = tuple(message.turn(index) for index, message in enumerate(asked.messages))
+                token_ids = await self._calls.encode_chat(turns, offered(asked.tools or ()))
         count = {"count": len(token_ids), "max_model_len": self._gateway.model.max_context}
         return json_response({**count, "tokens": token_ids})
 
     async def detokenize(self, request: Request, caller: Caller) -> Response:
         asked = parse(DetokenizeRequest, await read_body(request, self._max_body_bytes))
         self._check_model(asked.model)
-        return json_response({"prompt": await self._calls.decode(asked.tokens, skip_special_tokens=False)})
+        with _told():
+            text = await self._calls.decode(asked.tokens, skip_special_tokens=False)
+        return json_response({"prompt": text})
 
     def _check_model(self, name: str) -> None:
         if name not in ("", self._gateway.model.name):
@@ -94,3 +99,12 @@ class ModelFacts:
             "parent": None,
             "max_model_len": model.max_context,
         }
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors name fields as these calls have them."""
+    try:
+        yield
+    except TandemError as error:
+        raise told(error, {"text": "prompt", "token_ids": "tokens"}) from error

@@ -71,6 +71,12 @@ class Served:
     def workers(self) -> dict[str, dict[str, Any]]:
         return {worker["worker_id"]: worker for worker in self.status()["workers"] if worker["fresh"]}
 
+    def is_idle(self) -> bool:
+        """Nothing runs, and every worker's KV blocks can be had."""
+        status = self.status()
+        held = [worker["blocks_total"] - worker["blocks_free"] for worker in status["workers"] if worker["fresh"]]
+        return status["requests_running"] == 0 and bool(held) and not any(held)
+
     def descendants(self) -> dict[int, str]:
         """Command lines of all processes that this one started, directly or not, by process id."""
         children: dict[int, list[int]] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.foreign import NODE_FOLDER, require_node
-from tests.e2e.service import Served, eventually, serving
+from tests.e2e.service import eventually, serving
 from tests.golden.default_model import require_default_model
 
 pytestmark = [pytest.mark.model]
@@ -31,11 +31,4 @@ def test_openai_package(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "closing streams" in done.stdout
         # The last test has left three answers of 1,200 tokens, which would take longer than this.
-        eventually(lambda: is_idle(served), 10)
-
-
-def is_idle(served: Served) -> bool:
-    """Nothing runs, and every worker's KV blocks can be had."""
-    workers = served.workers().values()
-    held = [worker["blocks_total"] - worker["blocks_free"] for worker in workers]
-    return served.status()["requests_running"] == 0 and held == [0, 0]
+        eventually(served.is_idle, 10)
