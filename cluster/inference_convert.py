@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from tandem.v1 import inference_pb2
 
-from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, Message, ModelInfo
+from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, Message, ModelInfo, WorkerStatus
 from engine.batch import Sampled
 from engine.errors import InvalidArgument
 from engine.objectives import Objectives
@@ -15,6 +15,9 @@ from kvtransfer.convert import params_from_proto, receipt_to_proto, sampled_to_p
 
 # Turns of one conversation. As many as a request holds bytes would take the gateway a second to look at.
 MAX_MESSAGES = 4096
+# Messages have them all, by the same names.
+WORKER_FIELDS = tuple(WorkerStatus.__dataclass_fields__)
+STATUS_FIELDS = tuple(ClusterStatus.__dataclass_fields__)
 
 
 def request_from_proto(
@@ -81,9 +84,13 @@ def model_to_proto(model: ModelInfo) -> inference_pb2.GetModelResponse:
 
 
 def status_to_proto(status: ClusterStatus) -> inference_pb2.GetStatusResponse:
-    fields = asdict(status)
-    workers = [inference_pb2.WorkerStatus(**worker) for worker in fields.pop("workers")]
-    return inference_pb2.GetStatusResponse(workers=workers, **fields)
+    workers = [
+        inference_pb2.WorkerStatus(**{name: getattr(worker, name) for name in WORKER_FIELDS})
+        for worker in status.workers
+    ]
+    return inference_pb2.GetStatusResponse(
+        workers=workers, **{name: getattr(status, name) for name in STATUS_FIELDS if name != "workers"}
+    )
 
 
 def _objectives_from_proto(message: inference_pb2.Objectives) -> Objectives:
