@@ -153,6 +153,7 @@ class WorkerStatus:
     context_tokens: int = 0
     decode_step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
+    local_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
