@@ -19,6 +19,7 @@ from cluster.http.server import HttpServer, start_http
 from cluster.inference_server import inference_service
 from cluster.kserve.server import kserve_service
 from cluster.metrics.exposition import Metrics
+from cluster.recorder import Recorder, recording
 from cluster.registry_server import registry_service
 from cluster.security.clients import Clients
 from cluster.security.identity import read_certs
@@ -89,8 +90,10 @@ async def gateway_ports(
         )
         # Not for long: streams of health watchers never end by themselves.
         stack.push_async_callback(server.stop, CLOSE_GRACE_S)
-        http = await _start_http(config, host, gateway, clients, metrics, is_ready)
-        if http is not None:
+        http = None
+        if config.cluster.http:
+            recorder = await stack.enter_async_context(recording(gateway))
+            http = await _start_http(config, host, gateway, recorder, clients, metrics, is_ready)
             stack.push_async_callback(http.stop, CLOSE_GRACE_S)
         try:
             yield Ports(server, reports_to.address, http.address if http is not None else "")
@@ -103,17 +106,17 @@ async def _start_http(
     config: TandemConfig,
     host: str,
     gateway: Gateway,
+    recorder: Recorder,
     clients: Clients | None,
     metrics: Metrics,
     is_ready: Callable[[], bool],
-) -> HttpServer | None:
-    if not config.cluster.http:
-        return None
+) -> HttpServer:
     limits = config.gateway
     app = http_app(
         gateway,
         Door(gateway, clients),
         metrics,
+        recorder,
         max_prompt_chars=limits.max_prompt_chars,
         max_body_bytes=port_limits(limits).request_bytes,
         is_ready=is_ready,

@@ -20,9 +20,12 @@ from cluster.http.generation import Generation
 from cluster.http.metrics_page import MetricsPage
 from cluster.http.model_facts import ModelFacts
 from cluster.http.openapi import openapi_document
+from cluster.http.overview import Overview
+from cluster.http.page import Page
 from cluster.http.responses import error_response, json_response
 from cluster.metrics.exposition import Metrics
 from cluster.openai.errors import INTERNAL, error_answer, http_error
+from cluster.recorder import Recorder
 from cluster.security.caller import Caller
 from cluster.tokenize_calls import TokenizeCalls
 from engine.errors import Cancelled, TandemError
@@ -36,6 +39,7 @@ def http_app(
     gateway: Gateway,
     door: Door,
     metrics: Metrics,
+    recorder: Recorder,
     *,
     max_prompt_chars: int,
     max_body_bytes: int,
@@ -43,7 +47,7 @@ def http_app(
     wall_clock: Callable[[], float],
 ) -> Starlette:
     """An ASGI application in front of `gateway`. `is_ready`: whether a request that comes now has workers to go to.
-    `wall_clock`: seconds since 1970."""
+    `recorder` is what the page shows of the past. `wall_clock`: seconds since 1970."""
     generation = Generation(gateway, max_body_bytes, wall_clock)
     facts = ModelFacts(gateway, TokenizeCalls(gateway, max_prompt_chars), max_body_bytes, int(wall_clock()))
 
@@ -51,6 +55,7 @@ def http_app(
 
     async def openapi(request: Request) -> Response:
         return document
+    overview = Overview(gateway, recorder, is_ready, wall_clock)
 
     async def health(request: Request) -> Response:
         return json_response({"status": "ok"})
@@ -82,6 +87,10 @@ def http_app(
             Route("/tokenize", behind_the_door(facts.tokenize), methods=["POST"]),
             Route("/detokenize", behind_the_door(facts.detokenize), methods=["POST"]),
             Route("/metrics", behind_the_door(MetricsPage(metrics).get), methods=["GET"]),
+            Route("/", Page().page, methods=["GET"]),
+            Route("/tandem/v1/overview", behind_the_door(overview.cluster), methods=["GET"]),
+            Route("/tandem/v1/requests", behind_the_door(overview.requests), methods=["GET"]),
+            Route("/tandem/v1/requests/{request_id:path}", behind_the_door(overview.request), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/ready", ready, methods=["GET"]),
             Route("/openapi.json", openapi, methods=["GET"]),

@@ -15,6 +15,7 @@ from cluster.http.app import http_app
 from cluster.http.server import HttpServer, start_http
 from cluster.links import DecodeLinks
 from cluster.metrics.exposition import Metrics
+from cluster.recorder import Recorder, recording
 from cluster.registry import Registry
 from cluster.security.clients import Clients
 from kvtransfer.rpc_tls import Tls
@@ -36,6 +37,7 @@ class Web:
     gateway: Gateway
     fake: FakeDecode
     server: HttpServer
+    recorder: Recorder
 
     @property
     def url(self) -> str:
@@ -75,20 +77,22 @@ async def web(
     gateway = Gateway(TOKENIZER, model, registry, links, config, random.Random(1))
     for name in workers:
         gateway.heartbeat(report(name))
-    app = http_app(
-        gateway,
-        Door(gateway, clients),
-        Metrics(gateway),
-        max_prompt_chars=config.max_prompt_chars,
-        max_body_bytes=MAX_BODY_BYTES,
-        is_ready=lambda: bool(workers),
-        wall_clock=lambda: WALL_S,
-    )
-    server = await start_http("127.0.0.1:0", app, slow_reader_s=slow_reader_s, tls=tls)
-    running = Web(gateway, fake, server)
-    try:
-        yield running
-        await running.until_idle()
-    finally:
-        await server.stop()
-        await links.close()
+    async with recording(gateway) as recorder:
+        app = http_app(
+            gateway,
+            Door(gateway, clients),
+            Metrics(gateway),
+            recorder,
+            max_prompt_chars=config.max_prompt_chars,
+            max_body_bytes=MAX_BODY_BYTES,
+            is_ready=lambda: bool(workers),
+            wall_clock=lambda: WALL_S,
+        )
+        server = await start_http("127.0.0.1:0", app, slow_reader_s=slow_reader_s, tls=tls)
+        running = Web(gateway, fake, server, recorder)
+        try:
+            yield running
+            await running.until_idle()
+        finally:
+            await server.stop()
+            await links.close()
