@@ -10,6 +10,7 @@
 #   make chaos   four minutes of faults of every kind on a local cluster under load; CHAOS_FLAGS= for other plans
 #   make bench-partition   a real link between two network namespaces that loses packets and fails; needs root
 #   make fuzz    a million inputs for every parser of what comes from elsewhere; FUZZ_FLAGS= for fewer. Installs atheris
+#   make test-web   the page in a headless Chromium (Debian: apt install chromium), with pictures of it in build/page
 #   make soak    two hours of mixed load on real processes: does anything grow, is anything left behind?
 #   make bench-first-token, bench-disconnect   what the split costs, for docs/performance.md
 #   make bench-http   what the gateway costs a token, by HTTP and by gRPC
@@ -28,9 +29,11 @@ INSTALLED := $(VENV)/.installed
 NODE_CLIENTS := tests/node/node_modules/.installed
 PACKAGES := kernels engine kvtransfer prefill_worker decode_worker cluster bench tests
 TORCH := torch==2.13.0
-ALONE := tests/sim tests/e2e tests/bench tests/golden
+ALONE := tests/sim tests/e2e tests/bench tests/golden tests/browser
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+# Finds what in the page keeps people out; where there is no npm, those tests are skipped.
+AXE := axe-core@4.14.1
 BENCH_FLAGS ?=
 FUZZ_FLAGS ?=
 N ?= 10000
@@ -46,7 +49,7 @@ write = $(if $(WRITE),--write $(1))
 # Several processes share the cores: a thread that waits must not spin on one that another could use.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve soak fuzz test test-nightly test-openapi test-gpu check model node-clients clean install cuda-device
+.PHONY: demo serve soak fuzz test test-nightly test-openapi test-gpu test-web check model node-clients clean install cuda-device
 .PHONY: chaos bench-partition bench-first-token bench-disconnect bench-http bench-tools bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
@@ -70,6 +73,12 @@ test-openapi: model
 test-gpu: cuda-device
 	$(GPU_PYTHON) -m pytest -c tests/gpu.ini --rootdir . -m gpu \
 	  $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist worksteal) $(PYTEST_FLAGS)
+
+test-web: $(INSTALLED) model
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[web]'
+	command -v npm >/dev/null && npm install --silent --no-save --prefix build/axe $(AXE) || true
+	$(BIN)/python -m pytest tests/browser $(PYTEST_FLAGS)
+	@cat build/page/measured.txt
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
