@@ -80,10 +80,10 @@ async def narrow_enough(page: Page, width: int) -> None:
     assert await page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-async def shot(page: Page, name: str) -> None:
-    """For people to look at."""
+async def shot(page: Page, name: str, *, is_whole: bool = True) -> None:
+    """For people to look at: the whole page, or what of it is in the window."""
     SHOTS.mkdir(parents=True, exist_ok=True)
-    await page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+    await page.screenshot(path=SHOTS / f"{name}.png", full_page=is_whole)
 
 
 async def accessible(page: Page) -> None:

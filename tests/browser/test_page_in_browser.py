@@ -133,7 +133,7 @@ async def test_under_load(browser: Browser, width: int, scheme: str) -> None:
         await shot(page, f"load-{width}-{scheme}")
         await page.locator("#recent-rows a", has_text="job-").first.click()
         await page.get_by_text("Where the time went").wait_for()
-        await shot(page, f"inspector-{width}-{scheme}")
+        await shot(page, f"inspector-{width}-{scheme}", is_whole=False)
         await narrow_enough(page, width)
         await page.get_by_role("button", name="Pause").evaluate("(button) => button.click()")
         await accessible(page)

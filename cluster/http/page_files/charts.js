@@ -116,14 +116,14 @@ const CHARTS = [
   },
   {
     title: "Queues",
-    note: "requests at one time",
+    note: "requests that run, and that wait",
     format: count,
     least: 4,
     series: [
       ["running", (past) => past.columns.running],
-      ["wait at the gateway", (past) => past.columns.waiting],
-      ["wait for prefill", (past) => past.columns.waiting_prefill],
-      ["wait for decode", (past) => past.columns.waiting_decode],
+      ["at the gateway", (past) => past.columns.waiting],
+      ["for prefill", (past) => past.columns.waiting_prefill],
+      ["for decode", (past) => past.columns.waiting_decode],
     ],
   },
   {
@@ -234,8 +234,11 @@ function axes(kind, top, range_s, x, y, width) {
     nodes.push(drawn("path", { d: `M${MARGIN.left} ${y(value)}H${width - MARGIN.right}`, class: "grid" }));
     nodes.push(drawn("text", { x: MARGIN.left - 6, y: y(value) + 4, class: "axis y" }, (kind.axis ?? plain)(value)));
   }
-  if (kind.line)
-    nodes.push(drawn("path", { d: `M${MARGIN.left} ${y(kind.line.at)}H${width - MARGIN.right}`, class: "reference" }));
+  if (kind.line) {
+    const height = y(kind.line.at);
+    nodes.push(drawn("path", { d: `M${MARGIN.left} ${height}H${width - MARGIN.right}`, class: "reference" }));
+    nodes.push(drawn("text", { x: MARGIN.left + 4, y: height + 12, class: "axis start" }, kind.line.text));
+  }
   const step_s = range_s * (width < NARROW ? 0.4 : 0.2);
   for (let ago_s = 0; ago_s <= range_s; ago_s += step_s) {
     const place = ago_s === 0 ? "axis end" : ago_s === range_s ? "axis start" : "axis";

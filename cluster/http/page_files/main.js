@@ -140,6 +140,7 @@ function show(rows) {
   else setState(...(overview ? [overview.state, ...CLUSTER_STATES[overview.state]] : ["ready", "●", "connected"]));
   if (!overview) return;
   setText(byId("model"), overview.model.name);
+  setText(document.querySelector("title"), `${overview.model.name} · Tandem`);
   byId("model").title = `${overview.model.architecture} · context of ${count(overview.model.max_context)} tokens`;
   setText(byId("router"), overview.router);
   setText(byId("uptime"), longTime(overview.now_unix_s - overview.began_unix_s));

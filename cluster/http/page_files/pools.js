@@ -15,7 +15,7 @@ function showPools(workers) {
     workers: workers.filter((worker) => worker.role === role),
   })).filter((pool) => pool.workers.length);
   setHidden(byId("no-workers"), workers.length > 0);
-  setHidden(table, !workers.length);
+  for (const node of [table, byId("kv-key")]) setHidden(node, !workers.length);
   keyed(table, pools, (pool) => pool.role, makePool, updatePool, 2);
 }
 
