@@ -78,7 +78,7 @@ test-web: $(INSTALLED) model
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[web]'
 	command -v npm >/dev/null && npm install --silent --no-save --prefix build/axe $(AXE) || true
 	$(BIN)/python -m pytest tests/browser $(PYTEST_FLAGS)
-	@cat build/page/measured.txt
+	@cat build/page/measured.txt 2>/dev/null || true
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -35,7 +35,9 @@ async def serve(config: TandemConfig) -> None:
         print(f"serving {model.name} at {service.address}")
         certs = config.security.client_certs
         if service.http_address:
-            print(f"OpenAI's interface at {'http' if certs is None else 'https'}://{service.http_address}/v1")
+            web = f"{'http' if certs is None else 'https'}://{service.http_address}"
+            print(f"OpenAI's interface at {web}/v1")
+            print(f"a page that shows what it does at {web}/")
         print(f"workers report to {service.registry_address}")
         command = command_to_try(
             service.address,

@@ -39,7 +39,10 @@ class AuthConfig(BaseModel):
         description="A secret of at least 32 bytes that keeps the tenants' prefixes apart. null: a new one for each "
         "start of the gateway, which then finds none of the prefixes that workers cached before.",
     )
-    operators: tuple[str, ...] = Field(default=(), description="Tenants that may ask for the cluster's status.")
+    operators: tuple[str, ...] = Field(
+        default=(),
+        description="Tenants that may ask for the cluster's status, and see everybody's requests on the page.",
+    )
 
     @property
     def is_required(self) -> bool:

@@ -204,6 +204,8 @@ async def test_by_keyboard_alone(browser: Browser) -> None:
     async with web() as running, opened(browser, running.root + "/") as page:
         running.recorder.ended(ended("r", asyncio.get_running_loop().time()))
         await page.locator("#recent-rows a").wait_for()
+        # Flows are of whole seconds.
+        await page.locator("#flows-details summary").wait_for()
         focused = "document.activeElement.id || document.activeElement.textContent || document.activeElement.value"
         # Radio buttons are drawn by what stands beside them.
         outline = """(({activeElement: at}) =>
@@ -312,3 +314,23 @@ async def test_who_calls(browser: Browser, tmp_path: Path) -> None:
         await field.wait_for()
         assert await page.evaluate("sessionStorage.length") == 0
         await eventually(lambda: not running.gateway.status(0.0).requests_running)
+
+
+async def test_a_link_to_a_request_outlasts_the_question_for_a_key(browser: Browser, tmp_path: Path) -> None:
+    key = new_key("ops", tmp_path / "keys")
+    clients = Clients(AuthConfig(keys_file=tmp_path / "keys", operators=("ops",)))
+    async with (
+        web(clients=clients) as running,
+        opened(browser, running.root + "/#request=r", allowed=(STATUS,)) as page,
+    ):
+        running.recorder.ended(ended("r", tenant="acme"))
+        await page.get_by_label("API key or token").fill(key)
+        await page.keyboard.press("Enter")
+        await page.get_by_text("Where the time went").wait_for()
+        # In it, on its edge, and beside it.
+        for x, y, is_open in ((640, 450, True), (None, None, True), (20, 880, False)):
+            box = await page.locator("#inspector").bounding_box()
+            assert box is not None
+            await page.mouse.click(x or box["x"] + 4, y or box["y"] + 4)
+            assert await page.locator("#inspector").is_visible() == is_open
+        assert await page.evaluate("location.hash") == ""

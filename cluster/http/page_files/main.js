@@ -129,13 +129,13 @@ function setNotice(text) {
 
 function show(rows) {
   document.body.dataset.view = overview ? "live" : "tenant";
-  document.body.classList.remove("lost");
   setHidden(byId("key-form"), true);
   setHidden(byId("forget"), sessionStorage.getItem(KEY) === null);
   setNotice(
     overview ? "" : "The cluster is shown to operators (gateway.auth.operators). These are your tenant's requests.",
   );
   showRequests(rows);
+  if (inspected) openInspector();
   if (isPaused) setState("paused", "❚❚", `paused at ${clock(Date.now() / 1e3)}`);
   else setState(...(overview ? [overview.state, ...CLUSTER_STATES[overview.state]] : ["ready", "●", "connected"]));
   if (!overview) return;
@@ -153,7 +153,6 @@ function show(rows) {
 function showLost(error) {
   const since = clock(lostSince);
   if (document.body.dataset.view === "loading") document.body.dataset.view = "lost";
-  document.body.classList.add("lost");
   setState("lost", "✕", `no connection since ${since}`);
   const reason = error instanceof Refused ? error.message : "the gateway cannot be reached";
   setNotice(`Since ${since}: ${reason}. What is shown is as it was then; it is tried again by itself.`);
@@ -168,6 +167,8 @@ function lock(problem) {
   setText(byId("key-problem"), had ? problem : "");
   setHidden(byId("forget"), true);
   setHidden(byId("key-form"), false);
+  // What is modal would keep everybody from the form. It opens again with the right key.
+  byId("inspector").close();
   byId("key").focus();
 }
 
@@ -215,13 +216,17 @@ function openFromHash() {
   }
   inspected = { id: wanted.get("request"), number: Number(wanted.get("number")), found: null };
   showInspector(inspected.id, null, inspected.number);
-  if (!dialog.open) dialog.showModal();
-  // While the page is locked or paused too: who asks is told, as far as they may.
+  openInspector();
+  // While the page is paused too: who asks is told.
   return readInspected().catch((error) => setText(byId("inspector-body"), error.message));
 }
 
+function openInspector() {
+  if (!byId("inspector").open) byId("inspector").showModal();
+}
+
 byId("inspector").addEventListener("close", () => {
-  if (location.hash.startsWith("#request=")) clearHash();
+  if (document.body.dataset.view !== "locked" && location.hash.startsWith("#request=")) clearHash();
 });
 
 /** Without a jump, and without an entry to go back to. */
@@ -231,8 +236,12 @@ function clearHash() {
 }
 
 byId("inspector-close").addEventListener("click", () => byId("inspector").close());
-byId("inspector").addEventListener("click", (event) => {
-  if (event.target === byId("inspector")) byId("inspector").close();
+// What is beside it is its backdrop.
+byId("inspector").addEventListener("click", ({ clientX, clientY, detail }) => {
+  const box = byId("inspector").getBoundingClientRect();
+  const isInside = clientX >= box.left && clientX <= box.right && clientY >= box.top && clientY <= box.bottom;
+  // A key that presses a button is a click too, at no place.
+  if (detail && !isInside) byId("inspector").close();
 });
 window.addEventListener("hashchange", openFromHash);
 
