@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from cluster.gateway_config import GatewayConfig
+from cluster.history import History
 from cluster.security.api_keys import new_key
 from cluster.security.auth_config import AuthConfig
 from cluster.security.clients import Clients
@@ -25,7 +26,7 @@ from tests.cluster.serving import CONFIG, STATS, report
 from tests.http_api.web import Web, eventually, web
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser
+    from playwright.async_api import Browser, Page
 
 HOSTILE = "<img src=x onerror=window.hacked=1>\"'&amp;"
 WORKERS = ("p0", "p1", "d0", "d1", "d2")
@@ -228,6 +229,31 @@ async def test_by_keyboard_alone(browser: Browser) -> None:
         await page.keyboard.press("Escape")
         await page.locator("#inspector").wait_for(state="hidden")
         assert await page.evaluate("document.activeElement.textContent") == "r", "and back where it was"
+
+
+async def test_a_moment_is_read_by_pointer(browser: Browser) -> None:
+    async with web() as running:
+        # Five minutes that have been, and no present yet.
+        past, now = History(), asyncio.get_running_loop().time()
+        for ago_s in range(290, 0, -1):
+            past.ended(ended("r", now - ago_s, reason="finished" if ago_s > 150 else "failed"))
+        running.recorder.history = past
+        async with opened(browser, running.root + "/") as page:
+            await read_by_pointer(page)
+
+
+async def read_by_pointer(page: Page) -> None:
+    in_time = page.locator("#charts figure", has_text="Goodput").locator(".legend b").first
+    await page.wait_for_function("() => document.querySelector('#charts .series[d^=M]') !== null")
+    assert await in_time.inner_text() == "0"
+    chart = page.locator("#charts svg[role=img]").first
+    box = await chart.bounding_box()
+    assert box is not None
+    await chart.hover(position={"x": box["width"] / 4, "y": 50})
+    await page.get_by_text("min", exact=False).and_(page.locator("#moment-text")).wait_for()
+    assert await in_time.inner_text() == "1.00", "all charts are read at the moment under the pointer"
+    await page.mouse.move(0, 0)
+    assert await page.locator("#moment-text").inner_text() == "now"
 
 
 async def test_what_is_asked_for_is_shown(browser: Browser) -> None:

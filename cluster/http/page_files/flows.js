@@ -44,9 +44,10 @@ function nodesOf(workers, role, arrows, end, otherEnd) {
     0,
     Math.max(MAX_NODES, withArrows.size),
   );
-  const order = new Intl.Collator("en", { numeric: true }).compare;
-  return all.sort(order).map((id) => {
-    const own = arrows.filter((arrow) => arrow[end] === id).sort((one, other) => order(one[otherEnd], other[otherEnd]));
+  return all.sort(inOrder).map((id) => {
+    const own = arrows
+      .filter((arrow) => arrow[end] === id)
+      .sort((one, other) => inOrder(one[otherEnd], other[otherEnd]));
     return {
       id,
       arrows: own,

@@ -168,7 +168,8 @@ function scaleRow(scale_s) {
   for (let tick = 0; tick * step_s <= scale_s; tick += 1) {
     const time_s = tick * step_s;
     const text = scale_s < 1 ? `${plain(time_s * 1e3)} ms` : `${plain(time_s)} s`;
-    ticks.push(placed(element("span", { class: "tick" }, tick ? text : "0"), time_s / scale_s));
+    const isLast = time_s > 0.97 * scale_s;
+    ticks.push(placed(element("span", { class: isLast ? "tick last" : "tick" }, tick ? text : "0"), time_s / scale_s));
   }
   const track = element("td", { class: "track" }, ...ticks);
   return element("tr", { class: "scale", "aria-hidden": "true" }, element("td"), track, element("td"));

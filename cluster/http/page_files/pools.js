@@ -12,7 +12,9 @@ function showPools(workers) {
   const pools = POOLS.map(([role, title]) => ({
     role,
     title,
-    workers: workers.filter((worker) => worker.role === role),
+    workers: workers
+      .filter((worker) => worker.role === role)
+      .sort((one, other) => inOrder(one.worker_id, other.worker_id)),
   })).filter((pool) => pool.workers.length);
   setHidden(byId("no-workers"), workers.length > 0);
   for (const node of [table, byId("kv-key")]) setHidden(node, !workers.length);
