@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from cluster.endings import Ended
+from engine.sampling import SamplingParams
 
 MAX_RECENT = 1000
 # Of what a request broke off with: errors may quote what they were given.
 MAX_PROBLEM_CHARS = 500
+NO_PARAMS = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,11 @@ class RecentRequests:
 
     def ended(self, request: Ended) -> None:
         self.count += 1
-        if len(request.problem) > MAX_PROBLEM_CHARS:
-            request = replace(request, problem=request.problem[: MAX_PROBLEM_CHARS - 1] + "…")
-        self._recent.append(Recent(self.count, request))
+        problem = request.problem
+        if len(problem) > MAX_PROBLEM_CHARS:
+            problem = problem[: MAX_PROBLEM_CHARS - 1] + "…"
+        # What was asked for is shown to nobody, and may be long.
+        self._recent.append(Recent(self.count, replace(request, problem=problem, params=NO_PARAMS, attempts=())))
 
     def newest(self, limit: int, *, tenant: str | None = None, part: str = "", verdict: str = "") -> list[Recent]:
         """At most `limit` requests, newest first: of `tenant` (None: of all), whose id contains `part`, that ended with

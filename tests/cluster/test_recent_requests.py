@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
 from cluster.outcomes import Reason
 from cluster.recent_requests import MAX_PROBLEM_CHARS, MAX_RECENT, VERDICTS, RecentRequests
+from engine.sampling import SamplingParams
+from engine.structure import Structure
 from tests.cluster.ended import ended
 
 
@@ -87,7 +90,8 @@ def test_its_memory_is_bounded() -> None:
         recent = RecentRequests()
         for number in range(2 * MAX_RECENT):
             name = f"{number:>0256}"
-            recent.ended(ended(name, reason="failed", tenant=name[:128], problem=name * 40))
+            request = ended(name, reason="failed", tenant=name[:128], problem=name * 40)
+            recent.ended(replace(request, params=SamplingParams(structure=Structure("regex", name * 250))))
         size = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
