@@ -1,9 +1,12 @@
 """Builds all C++ of this folder into one shared library, and loads it.
 
-    python -m kernels.cpu.library      builds it, as an installation should; otherwise the first use does
+    python -m kernels.cpu.library              builds it, as an installation should; otherwise the first use does
+    python -m kernels.cpu.library --portable   builds one for images: it serves every CPU that can have one, and who
+                                               finds it needs no compiler and no folder to write in
 
-The file's name carries a hash of sources, flags, compiler and CPU, so one that exists is never stale. Every function
-takes one pointer to a plain struct: a call is two addresses, which can be kept and made again.
+The file's name carries a hash of sources and flags, and of compiler and CPU where it is for one, so one that exists is
+never stale. Every function takes one pointer to a plain struct: a call is two addresses, which can be kept and made
+again.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-exceptions", "-fno-math-errno")
+COMMON_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-exceptions", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", *COMMON_FLAGS)
 
 # What every kernel may use without asking: AMD since Zen 4, Intel since Cooper Lake and Sapphire Rapids.
 CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma", "f16c"})
+# The same as g++ names them, and what comes with them.
+PORTABLE_FLAGS = ("-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", *COMMON_FLAGS)
 
 _SOURCES = Path(__file__).parent
 _BUILD = _SOURCES / "build"
@@ -120,10 +126,22 @@ def build() -> Path:
         OSError: the folder cannot be written.
     """
     cpu = _cpu()
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise Unavailable("there is no g++")
-    path = _BUILD / f"libtandem-{_fingerprint(compiler, cpu)}.so"
+    if (portable := _portable()).exists():
+        return portable
+    compiler = _compiler()
+    return _built(compiler, FLAGS, _BUILD / f"libtandem-{_fingerprint(FLAGS, _version(compiler), cpu)}.so")
+
+
+def build_portable() -> Path:
+    """As `build`, for CPUs that this machine's need not be one of."""
+    return _built(_compiler(), PORTABLE_FLAGS, _portable())
+
+
+def _portable() -> Path:
+    return _BUILD / f"libtandem-portable-{_fingerprint(PORTABLE_FLAGS)}.so"
+
+
+def _built(compiler: str, flags: Sequence[str], path: Path) -> Path:
     if path.exists():
         return path
     _BUILD.mkdir(exist_ok=True)
@@ -131,16 +149,23 @@ def build() -> Path:
     with open(_BUILD / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _compile(compiler, path)
+            _compile(compiler, flags, path)
     return path
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compiler() -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise Unavailable("there is no g++")
+    return compiler
+
+
+def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
     sources = sorted(str(source) for source in _SOURCES.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=_BUILD) as folder:
         unfinished = Path(folder) / path.name
         result = subprocess.run(
-            [compiler, *FLAGS, "-o", str(unfinished), *sources], capture_output=True, text=True, check=False
+            [compiler, *flags, "-o", str(unfinished), *sources], capture_output=True, text=True, check=False
         )
         if result.returncode != 0:
             raise Unavailable(f"g++ failed: {result.stderr.strip()[-2000:]}")
@@ -161,9 +186,12 @@ def _cpu() -> str:
     return f"{fields.get('model name', '')} {fields['flags']}"
 
 
-def _fingerprint(compiler: str, cpu: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256("\0".join([*FLAGS, version, cpu]).encode())
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _fingerprint(flags: Sequence[str], *further: str) -> str:
+    digest = hashlib.sha256("\0".join([*flags, *further]).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -172,6 +200,6 @@ def _fingerprint(compiler: str, cpu: str) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(f"C++ kernels: {build()}")
+        print(f"C++ kernels: {build_portable() if '--portable' in sys.argv[1:] else build()}")
     except (Unavailable, OSError) as error:
         print(f"no C++ kernels here, plain torch computes instead: {error}")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +66,27 @@ def test_pinning_binds_the_caller() -> None:
     thread.start()
     thread.join()
     assert seen == [{allowed[-1]}, {allowed[0]}]
+
+
+@pytest.mark.skipif(library is None, reason="this machine has no C++ kernels")
+def test_a_portable_library_needs_no_compiler_where_it_is_used(tmp_path: Path) -> None:
+    """As in an image: built in one place, used in another that has no g++, and whose folders cannot be written."""
+    root = Path(__file__).parents[3]
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    shutil.copytree(
+        root / "kernels" / "cpu", tmp_path / "kernels" / "cpu", ignore=shutil.ignore_patterns("build", "__pycache__")
+    )
+
+    def run(*words: str, **variables: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+        return subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+        ).stdout
+
+    built = run("-m", "kernels.cpu.library", "--portable")
+    assert f"C++ kernels: {tmp_path}/kernels/cpu/build/libtandem-portable-" in built
+    files = sorted((tmp_path / "kernels" / "cpu" / "build").iterdir())
+    assert run("-m", "kernels.cpu.library", PATH="") == built
+    assert run("-c", "from kernels.cpu.library import load; print(load().threads() > 0)", PATH="") == "True\n"
+    assert sorted((tmp_path / "kernels" / "cpu" / "build").iterdir()) == files
