@@ -24,6 +24,7 @@ from cluster.commands.cli_bench import bench_command
 from cluster.commands.cli_chaos import chaos_command
 from cluster.commands.cli_config import config_commands
 from cluster.commands.cli_keys import keys_commands
+from cluster.commands.cli_parts import gateway_command, health_command
 from cluster.commands.cli_planning import emulate_command, plan_command
 from cluster.commands.cli_top import top_command
 from cluster.commands.running import Stopped, run
@@ -300,6 +301,8 @@ app.command("plan")(plan_command())
 app.command("bench")(bench_command())
 app.command("chaos")(chaos_command())
 app.command("top")(top_command())
+app.command("gateway")(gateway_command())
+app.command("health")(health_command())
 app.add_typer(keys_commands(), name="keys")
 app.add_typer(config_commands(), name="config")
 

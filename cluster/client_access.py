@@ -38,7 +38,7 @@ def read_access(key_file: Path | None, ca_file: Path | None, url: str) -> Access
     one, or would go to `url` in clear."""
     from tandem.client import check_key
 
-    ca = None if ca_file is None else _read_ca(ca_file)
+    ca = None if ca_file is None else read_ca(ca_file)
     place = "TANDEM_API_KEY" if key_file is None else "--api-key-file"
     key = read_environment().api_key if key_file is None else _read_key(key_file)
     try:
@@ -59,7 +59,8 @@ def _read_key(file: Path) -> str:
     return key
 
 
-def _read_ca(file: Path) -> bytes:
+def read_ca(file: Path) -> bytes:
+    """Certificates of who signs the service's own, in PEM. Raises ConfigError."""
     try:
         pem = file.read_bytes()
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))

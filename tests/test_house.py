@@ -92,7 +92,7 @@ PURE_FILES = (
     *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}
-COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys|config|top"
+COMMANDS = "serve|generate|status|worker|demo|emulate|plan|profile|bench|chaos|certs|keys|config|top|gateway|health"
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 

@@ -26,7 +26,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert run_command(arguments) == 2
     out, err = capsys.readouterr()
     # A service says on stdout how far it came.
-    assert arguments[0] == "serve" or out == ""
+    assert arguments[0] in ("serve", "gateway") or out == ""
     assert err.startswith("tandem: error: ")
     assert err.count("\n") == 1
     return err.removeprefix("tandem: error: ").rstrip("\n")
@@ -67,6 +67,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["generate", "a", "--local", "--model", "/none"], "model '/none' not found"),
         (["status", "--url", NOBODY], f"--url {NOBODY}: no service answers there: "),
         (["status", "--json", "--url", NOBODY], f"--url {NOBODY}: no service answers there: "),
+        (["gateway", "--config", "/none.yaml"], "/none.yaml: cannot be read: No such file"),
+        (["gateway", "--model", "/none.gguf"], "model '/none.gguf' not found; known: "),
+        (["health", "--url", NOBODY], f"--url {NOBODY}: no health from there: "),
+        (["health", "--url", "here"], "--url: got 'here', expected HOST:PORT"),
+        (["health", "--timeout-s", "0"], "--timeout-s: got 0, expected more than 0"),
+        (["health", "--ca", "/none"], "--ca: /none: No such file"),
+        (["health", "--certs", "/none"], "/none/ca.crt: No such file"),
+        (["health", "--certs", "a", "--ca", "b"], "got both --certs and --ca, expected one"),
         (["worker"], "Missing argument"),
         (["worker", "both", "--gateway", "h:1"], "Invalid value for"),
         (["worker", "decode"], "Missing option '--gateway'"),
