@@ -25,7 +25,13 @@ MAY_IMPORT = {
     "cluster": {"kernels", "engine", "kvtransfer", "prefill_worker", "decode_worker", "tandem"},
     "bench": {"kernels", "engine", "kvtransfer", "prefill_worker", "decode_worker", "cluster", "tandem"},
 }
-RAY_FILES = {"cluster/actors.py", "cluster/launcher.py", "cluster/ray_address.py", "cluster/ray_seats.py"}
+RAY_FILES = {
+    "cluster/actors.py",
+    "cluster/launcher.py",
+    "cluster/ray_address.py",
+    "cluster/ray_seats.py",
+    "cluster/ray_service.py",
+}
 # Files whose job is the wire, and the benchmarks, which are clients.
 GRPC_FILE = re.compile(
     r"kvtransfer/(rpc\w*|grpc_transport)\.py|\w+_worker/(server|grpc_transport)\.py|bench/\w+\.py|"
