@@ -1,0 +1,55 @@
+"""docs/kubernetes.md, as far as a machine can read it: its commands name overlays, images and secrets that exist."""
+
+from __future__ import annotations
+
+import re
+
+from tests.deploy.rendered import KUBERNETES, OVERLAYS, ROOT, needs_kubectl, of_kind, pods, render
+
+PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+
+
+def test_every_overlay_is_in_the_table() -> None:
+    assert re.findall(r"^\| `([\w-]+)` \|", PAGE, re.MULTILINE) == list(OVERLAYS)
+    for path in re.findall(r"kubectl \w+ -k (\S+)", PAGE):
+        assert (ROOT / path).is_relative_to(KUBERNETES / "overlays")
+        assert (ROOT / path / "kustomization.yaml").exists(), path
+
+
+def test_the_images_that_are_built_are_those_that_run() -> None:
+    built = {tag: target for target, tag in re.findall(r"--target (\w+) -t (\S+) ", PAGE)}
+    used = set()
+    for overlay in OVERLAYS[:-1]:
+        text = (KUBERNETES / "overlays" / overlay / "kustomization.yaml").read_text()
+        names = re.search(r"newName: (\S+)\s+newTag: (\S+)", text)
+        assert names is not None
+        used.add(f"{names[1]}:{names[2]}")
+    assert built.keys() == used
+    for tag, target in built.items():
+        assert tag.endswith(f"-{target}")
+        assert f" AS {target}\n" in DOCKERFILE
+
+
+@needs_kubectl
+def test_the_secrets_that_are_made_are_those_that_are_read() -> None:
+    made = set(re.findall(r"create secret generic (\S+)", PAGE))
+    asked, issued = set(), set()
+    for overlay in OVERLAYS:
+        objects = render(overlay)
+        issued |= {each["spec"]["secretName"] for each in of_kind(objects, "Certificate")}
+        for pod in pods(objects):
+            asked |= {volume["secret"]["secretName"] for volume in pod.spec["volumes"] if "secret" in volume}
+            for variable in (each for container in pod.containers for each in container.get("env", ())):
+                asked |= {variable.get("valueFrom", {}).get("secretKeyRef", {}).get("name")} - {None}
+    assert asked - issued == made
+
+
+@needs_kubectl
+def test_workers_are_asked_as_often_as_it_says() -> None:
+    said = re.search(r"asked every (\d+) s whether it is ready and every minute whether it lives", PAGE)
+    assert said is not None
+    workers = [pod for pod in pods(render("gpu")) if "tandem-pool" in pod.labels]
+    for container in (container for pod in workers for container in pod.containers):
+        assert container["readinessProbe"]["periodSeconds"] == int(said[1])
+        assert container["livenessProbe"]["periodSeconds"] == 60
