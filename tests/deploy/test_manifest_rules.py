@@ -78,6 +78,15 @@ def test_nothing_of_the_node_is_shared(overlay: str) -> None:
         assert not any("hostPort" in port for container in pod.containers for port in container["ports"])
 
 
+def test_a_driver_beside_ray_shares_what_it_is_found_by(overlay: str) -> None:
+    """A driver looks for the raylet among the processes that it sees, and for its sockets in Ray's folder."""
+    for pod in pods(render(overlay)):
+        if len(pod.containers) > 1:
+            assert pod.spec["shareProcessNamespace"] is True
+            shared = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in pod.containers]
+            assert len({(mounts["/tmp"], mounts["/tmp/ray"], mounts["/dev/shm"]) for mounts in shared}) == 1
+
+
 def test_what_is_written_is_a_volume_with_an_end(overlay: str) -> None:
     for pod in pods(render(overlay)):
         for volume in pod.spec["volumes"]:
