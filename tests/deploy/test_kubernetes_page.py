@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+
+import pytest
+import yaml
 
 from tests.deploy.rendered import KUBERNETES, OVERLAYS, ROOT, needs_kubectl, of_kind, pods, render
+from tests.deploy.schemas import SCHEMAS, problems
 
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
 DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
@@ -42,7 +47,18 @@ def test_the_secrets_that_are_made_are_those_that_are_read() -> None:
             asked |= {volume["secret"]["secretName"] for volume in pod.spec["volumes"] if "secret" in volume}
             for variable in (each for container in pod.containers for each in container.get("env", ())):
                 asked |= {variable.get("valueFrom", {}).get("secretKeyRef", {}).get("name")} - {None}
+        for monitor in of_kind(objects, "PodMonitor"):
+            asked |= {each["authorization"]["credentials"]["name"] for each in monitor["spec"]["podMetricsEndpoints"]}
     assert asked - issued == made
+
+
+@pytest.mark.skipif(not SCHEMAS.is_dir(), reason=f"there are no schemas in {SCHEMAS}")
+def test_the_alerts_become_an_object_as_it_says() -> None:
+    (command,) = re.findall(r"^(\(printf .*\)) \| kubectl apply -f -$", PAGE, re.MULTILINE)
+    made = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = yaml.safe_load(made)
+    assert found["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text())
+    assert problems(found) == []
 
 
 @needs_kubectl

@@ -138,12 +138,12 @@ def test_ray_has_places_for_all_workers(overlay: str, tmp_path: Path) -> None:
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     for role, count in (("prefill", cluster.prefill), ("decode", cluster.decode)):
         group = groups[role]
-        offered = yaml.safe_load(group["rayStartParams"]["resources"].strip("'"))
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        offered |= {"CPU": int(limits["cpu"]), "GPU": int(limits.get("nvidia.com/gpu", 0))}
-        asked = {**cluster.resources_of(role), "CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+        assert group["labels"] == cluster.nodes_of(role)
+        offered = {"CPU": int(limits["cpu"]), "GPU": int(limits.get("nvidia.com/gpu", 0))}
+        asked = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker or 0}
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == count
-        assert all(offered[name] >= amount for name, amount in asked.items() if amount), (offered, asked)
+        assert all(offered[name] >= amount for name, amount in asked.items()), (offered, asked)
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 

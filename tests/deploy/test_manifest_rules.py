@@ -187,6 +187,8 @@ def test_metrics_are_scraped_where_they_are(overlay: str) -> None:
         assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
         assert endpoint["port"] in pod.ports()
         assert endpoint["scheme"] == "https"
+        # Where keys are asked for, metrics are for operators.
+        assert endpoint["authorization"] == {"credentials": {"name": "tandem-metrics-key", "key": "key"}}
         assert endpoint["tlsConfig"]["ca"]["secret"]["name"] in {
             volume["secret"]["secretName"] for volume in pod.spec["volumes"] if "secret" in volume
         }
