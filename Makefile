@@ -8,6 +8,7 @@
 #   make test-openapi   10,000 requests made up from the OpenAPI document, to a real service; N= for another number
 #   make test-nightly   the long tests too
 #   make chaos   four minutes of faults of every kind on a local cluster under load; CHAOS_FLAGS= for other plans
+#   make test-ray-up   `ray up` over ssh on two machines that are namespaces of this one, some minutes; needs root and sshd
 #   make bench-partition   a real link between two network namespaces that loses packets and fails; needs root
 #   make fuzz    a million inputs for every parser of what comes from elsewhere; FUZZ_FLAGS= for fewer. Installs atheris
 #   make test-web   the page in a headless Chromium (Debian: apt install chromium), with pictures of it in build/page
@@ -49,7 +50,8 @@ write = $(if $(WRITE),--write $(1))
 # Several processes share the cores: a thread that waits must not spin on one that another could use.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve soak fuzz test test-nightly test-openapi test-gpu test-web check model node-clients clean install cuda-device
+.PHONY: demo serve soak fuzz test test-nightly test-openapi test-gpu test-web test-ray-up check model node-clients clean install
+.PHONY: cuda-device
 .PHONY: chaos bench-partition bench-first-token bench-disconnect bench-http bench-tools bench-engine bench-kernels bench-gpu
 
 demo: $(INSTALLED)
@@ -79,6 +81,9 @@ test-web: $(INSTALLED) model
 	command -v npm >/dev/null && npm install --silent --no-save --prefix build/axe $(AXE) || true
 	$(BIN)/python -m pytest tests/browser $(PYTEST_FLAGS)
 	@cat build/page/measured.txt 2>/dev/null || true
+
+test-ray-up: model
+	$(BIN)/python -m pytest -s -rs -m nightly tests/deploy/ray_up/test_ray_up.py $(PYTEST_FLAGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
