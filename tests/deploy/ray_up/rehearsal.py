@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.deploy.ray_up.caller import RAY, edited, machines, ray, settle
-from tests.deploy.ray_up.machines import prepare
+from tests.deploy.ray_up.machines import FOLDER, prepare
 
 POOLS = {"head": "decode", "worker": "prefill"}
 WAIT_S = 600.0
@@ -42,13 +42,17 @@ def main(folder: Path, wheels: Path, model: Path) -> None:
         {"10.0.0.10": at["head"], "10.0.0.11": at["worker"], "ubuntu": "root", "~/.ssh/id_ed25519": "~/.ssh/cluster"},
     )
     ray("get-auth-token", "--generate")
+    head = Head(str(cluster), at)
     with step("ray up"):
         ray("up", "--yes", str(cluster))
-    head = Head(str(cluster), at)
-    with step("both nodes are there"):
-        eventually(lambda: "/4.0 CPU" in head.run("ray status"))
+        head.wait_for_all()
     with step("tandem serve --address auto"):
         serve(head)
+    with step("ray up with a changed checkout"):
+        (home / "tandem" / "README.md").write_text("Changed.")
+        ray("up", "--yes", str(cluster))
+        head.wait_for_all()
+        assert all((FOLDER / name / "home" / "tandem" / "README.md").read_text() == "Changed." for name in POOLS)
     with step("ray job submit"):
         submit(head)
     with step("ray down"):
@@ -65,6 +69,10 @@ class Head:
 
     def run(self, command: str) -> str:
         return ray("exec", self.cluster, command)
+
+    def wait_for_all(self) -> None:
+        """Until Ray counts all machines."""
+        eventually(lambda: f" {len(POOLS)} local.cluster.node\n" in self.run("ray status").replace("\r", ""))
 
     def start(self, command: str) -> subprocess.Popen[str]:
         print(f"$ ray exec {self.cluster} '{command}' &", flush=True)

@@ -20,7 +20,7 @@ from tests.golden.default_model import require_default_model
 
 ROOT = Path(__file__).parents[3]
 WHEELS = ROOT / "build" / "ray-up-wheels"
-LIMIT_S = 1500
+LIMIT_S = 2400
 
 pytestmark = [pytest.mark.model, pytest.mark.ray, pytest.mark.nightly]
 
