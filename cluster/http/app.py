@@ -55,6 +55,7 @@ def http_app(
 
     async def openapi(request: Request) -> Response:
         return document
+
     overview = Overview(gateway, recorder, is_ready, wall_clock)
 
     async def health(request: Request) -> Response:
