@@ -29,6 +29,8 @@ MODELS: tuple[type[BaseModel], ...] = (
     *(answers.Model, answers.ModelList, answers.TokenizeAnswer, answers.DetokenizeAnswer),
     *(answers.State, answers.ErrorBody),
 )
+# By the `accept` of whoever asks.
+METRICS_TYPES = ("text/plain", "application/openmetrics-text")
 TOKEN_FIELDS = ("prompt", "tokens", "stop_token_ids")
 # Fields of requests that have the bounds of another.
 BOUNDED_AS = {"max_completion_tokens": "max_tokens", "top_logprobs": "logprobs"}
@@ -46,7 +48,7 @@ RETRY_HEADERS = {
     "Retry-After": {"description": "Seconds after which to come again.", "schema": {"type": "integer"}},
     "Retry-After-Ms": {"description": "The same in milliseconds.", "schema": {"type": "integer"}},
 }
-REFUSAL_HEADERS = {
+REFUSAL_HEADERS: dict[int, Json] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
     429: RETRY_HEADERS,
     503: RETRY_HEADERS,
@@ -57,6 +59,8 @@ PARAMETERS = {
     "ttft": ("x-slo-ttft-ms", "Objective: longest time to the first token, in milliseconds.", MILLISECONDS),
     "tpot": ("x-slo-tpot-ms", "Objective: longest mean time per token after it, in ms.", MILLISECONDS),
     "request_id": ("x-request-id", "The request's id; without it the gateway makes one.", REQUEST_ID["schema"]),
+    "traceparent": ("traceparent", "The client's trace, as W3C has it, which goes on here.", {"type": "string"}),
+    "tracestate": ("tracestate", "What goes along with it.", {"type": "string"}),
 }
 CREDENTIALS = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key or a JSON Web Token."},
@@ -100,6 +104,7 @@ def _paths(model_name: str) -> Json:
         },
         "/tokenize": {"post": _posted("A text or a chat as tokens.", TokenizeRequest, answers.TokenizeAnswer)},
         "/detokenize": {"post": _posted("Tokens as text.", DetokenizeRequest, answers.DetokenizeAnswer)},
+        "/metrics": {"get": _metrics()},
         "/health": {"get": _open("Whether the gateway's loop turns.", answers.State)},
         "/ready": {
             "get": _open("Whether a request that comes now has workers to go to.", answers.State, is_ready_probe=True)
@@ -141,6 +146,12 @@ def _operation(summary: str, answer: type[BaseModel], refusals: Sequence[int]) -
     return {"summary": summary, "responses": {"200": _answer("An answer.", _ref(answer)), **found}}
 
 
+def _metrics() -> Json:
+    operation = _operation("Counters and gauges for Prometheus, for operators.", answers.State, (401, 403, 429))
+    operation["responses"]["200"]["content"] = {name: {"schema": {"type": "string"}} for name in METRICS_TYPES}
+    return operation
+
+
 def _open(summary: str, answer: type[BaseModel] | None, *, is_ready_probe: bool = False) -> Json:
     """What nobody needs a credential for."""
     schema = {"type": "object"} if answer is None else _ref(answer)
@@ -156,7 +167,7 @@ def _answer(text: str, schema: Json) -> Json:
 
 def _refusal(status: int) -> Json:
     refusal = _answer(REFUSALS[status], _ref(answers.ErrorBody))
-    return {**refusal, "headers": REFUSAL_HEADERS[status]} if status in REFUSAL_HEADERS else refusal
+    return {**refusal, "headers": {"X-Request-Id": REQUEST_ID, **REFUSAL_HEADERS.get(status, {})}}
 
 
 def _ref(model: type[BaseModel]) -> Json:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from cluster.door import Door
 from cluster.http.app import http_app
 from cluster.http.openapi import openapi_document
+from cluster.metrics.exposition import Metrics
 from cluster.security.auth_config import AuthConfig
 from cluster.security.clients import Clients
 from tests.cluster.fake_decode import FakeDecode
@@ -51,6 +52,7 @@ async def test_every_path_is_in_it() -> None:
         app = http_app(
             gateway,
             Door(gateway, None),
+            Metrics(gateway),
             max_prompt_chars=1000,
             max_body_bytes=1000,
             is_ready=lambda: True,
