@@ -318,7 +318,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_rejected: _Optional[int] = ..., router: _Optional[str] = ..., attainment: _Optional[float] = ..., attainment_ttft: _Optional[float] = ..., attainment_tpot: _Optional[float] = ..., attainment_window: _Optional[int] = ..., requests_over_quota: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale", "kv_faults", "prefix_queries", "prefix_hits", "preemptions", "kv_bytes", "kv_streams_broken", "kv_orphan_bytes", "lease_expiries", "draining", "queued_s", "context_tokens", "decode_step_s", "prefill_tokens_per_s")
+    __slots__ = ("worker_id", "role", "address", "incarnation", "heartbeat_age_s", "fresh", "running", "waiting", "queued_tokens", "blocks_total", "blocks_free", "blocks_cached", "steps", "cost_error_median", "cost_error_p90", "prefill_scale", "decode_scale", "kv_faults", "prefix_queries", "prefix_hits", "preemptions", "kv_bytes", "kv_streams_broken", "kv_orphan_bytes", "lease_expiries", "draining", "queued_s", "context_tokens", "decode_step_s", "prefill_tokens_per_s", "local_only")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -349,6 +349,7 @@ class WorkerStatus(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_ONLY_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -379,4 +380,5 @@ class WorkerStatus(_message.Message):
     context_tokens: int
     decode_step_s: float
     prefill_tokens_per_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., kv_faults: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_streams_broken: _Optional[int] = ..., kv_orphan_bytes: _Optional[int] = ..., lease_expiries: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    local_only: bool
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., fresh: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., cost_error_median: _Optional[float] = ..., cost_error_p90: _Optional[float] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., kv_faults: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_streams_broken: _Optional[int] = ..., kv_orphan_bytes: _Optional[int] = ..., lease_expiries: _Optional[int] = ..., draining: _Optional[bool] = ..., queued_s: _Optional[float] = ..., context_tokens: _Optional[int] = ..., decode_step_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., local_only: _Optional[bool] = ...) -> None: ...
