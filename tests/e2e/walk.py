@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 READY = "\ntry:"
@@ -31,26 +33,28 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
 
 
-class Service:
-    """What a command serves until it is interrupted, as by Ctrl-C."""
-
-    def __init__(self, command: str, folder: Path) -> None:
-        self._log = folder / "service.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                ["bash", "-ec", command], cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+@contextmanager
+def service(command: str, folder: Path) -> Iterator[None]:
+    """What `command` serves, until it is interrupted, as by Ctrl-C."""
+    file = folder / "service.log"
+    with file.open("w") as log:
+        process = subprocess.Popen(
+            ["bash", "-ec", command], cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
         give_up_s = time.monotonic() + START_S
-        while READY not in self._log.read_text():
-            assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < give_up_s, f"not ready after {START_S:g} s: {self._log.read_text()}"
+        while READY not in file.read_text():
+            assert process.poll() is None, file.read_text()
+            assert time.monotonic() < give_up_s, f"not ready after {START_S:g} s: {file.read_text()}"
             time.sleep(0.2)
-
-    def interrupt(self) -> None:
+        yield
+    finally:
         # A terminal sends it to all that run in it.
-        os.killpg(self._process.pid, signal.SIGINT)
-        assert self._process.wait(60) in (0, 2, 130), self._log.read_text()
-        assert "shutting down" in self._log.read_text()
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(60)
+    # The shell that it runs in may end by the signal, make with 2.
+    assert code in (0, 2, 130, -signal.SIGINT), f"{code}: {file.read_text()}"
+    assert "shutting down" in file.read_text()
 
 
 def step(block: str, folder: Path) -> None:
@@ -68,17 +72,15 @@ def walk(folder: Path) -> None:
     at = steps.index("make serve\n")
     for block in steps[:at]:
         step(block, folder)
-    service = Service(steps[at], folder)
     # A shell of its own for each block, but for what one sets for those after it.
     first, *others = steps[at + 1 :]
     path, _, first = first.partition("\n")
     assert path.startswith("export PATH="), path
-    for block in [first, *others]:
-        step(f"{path}\n{block}", folder)
-    service.interrupt()
-    again = Service(f"{path}\ntandem serve --config tandem.yaml", folder)
-    step(f"{path}\n{first}", folder)
-    again.interrupt()
+    with service(steps[at], folder):
+        for block in [first, *others]:
+            step(f"{path}\n{block}", folder)
+    with service(f"{path}\ntandem serve --config tandem.yaml", folder):
+        step(f"{path}\n{first}", folder)
 
 
 if __name__ == "__main__":
