@@ -33,12 +33,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every `tandem generate` and `tandem status` on the pages. `serve` and `worker` have tests of their own."""
-    lines = [
-        line for page in ("README.md", "docs/api.md") for block in blocks(page, "bash") for line in block.splitlines()
-    ]
-    found = [re.sub(r"^\.venv/bin/", "", line.partition("#")[0].strip()) for line in lines]
-    return sorted({line for line in found if re.match(r"tandem (generate|status)\b", line)})
+    """All on the pages that ask a running service, and those about a configuration. `serve` and others have tests of
+    their own, and so have services with certificates."""
+    pages = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+    lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
+    found = [re.sub(r"^\.venv/bin/", "", re.split(" [#>] ", line)[0].strip()) for line in lines]
+    asking = re.compile(r"tandem (generate|status|top --once|config)\b")
+    return sorted({line for line in found if asking.match(line) and "--ca" not in line})
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +50,26 @@ def served(tmp_path_factory):
 
 
 def test_there_are_commands() -> None:
-    assert len(commands()) >= 5
+    assert len(commands()) >= 12
     assert len(blocks("docs/grpc.md", "bash")) == 3, "each has its test below"
 
 
 @pytest.mark.parametrize("command", commands())
 def test_command(served: Served, tmp_path: Path, command: str) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    (tmp_path / "tandem.yaml").write_text("cluster: {decode: 2}\n")
     (tmp_path / "acme.key").write_text("a-key-that-a-service-which-does-not-ask-does-not-look-at\n")
     words = shlex.split(command)[1:]
     if "--url" in words:
         words[words.index("--url") + 1] = served.address
-    elif "--local" not in words:
+    elif "--local" not in words and "config" not in words:
         words += ["--url", served.address]
     if "generate" in words and "--max-tokens" not in words:
         words += ["--max-tokens", "8"]
     done = subprocess.run([*TANDEM, *words], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    if "schema" in words:
+        assert json.loads(done.stdout)
     if "--json" in words:
         assert all(json.loads(line) for line in done.stdout.splitlines())
     assert done.stdout.strip()
