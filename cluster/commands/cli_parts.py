@@ -11,6 +11,7 @@ import typer
 from cluster.client_access import read_ca
 from cluster.commands.running import Stopped, run
 from cluster.host_port import require_host_port
+from cluster.logs.lines import set_up_logs
 from engine.errors import ConfigError
 
 
@@ -35,6 +36,7 @@ def gateway_command() -> Callable[..., None]:
 
         from cluster.commands.gateway import keep_gateway
 
+        set_up_logs(loaded.logging)
         try:
             run(keep_gateway(loaded))
         except Stopped:

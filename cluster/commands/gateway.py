@@ -24,6 +24,7 @@ async def keep_gateway(config: TandemConfig) -> None:
         if running.http_address:
             scheme = "http" if config.security.client_certs is None else "https"
             print(f"OpenAI's interface at {scheme}://{running.http_address}/v1")
+            print(f"a page that shows what it does at {scheme}://{running.http_address}/")
         print(f"workers report to {running.registry_address}", flush=True)
         try:
             await asyncio.Event().wait()

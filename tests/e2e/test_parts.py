@@ -3,6 +3,7 @@ question after their health, with certificates everywhere."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def test_a_gateway_and_workers_of_their_own(tmp_path: Path) -> None:
     gateway_certs, worker_certs, client_certs = make_certs(tmp_path / "certs", ["localhost", HOST], days=1)
     folders = f"gateway_certs: {gateway_certs}, worker_certs: {worker_certs}, client_certs: {client_certs}"
     config = tmp_path / "tandem.yaml"
-    config.write_text(f"{CONFIG}security: {{{folders}}}\n")
+    config.write_text(f"{CONFIG}security: {{{folders}}}\nlogging: {{format: json, level: info}}\n")
     ca = ("--ca", str(client_certs / "ca.crt"))
     with ExitStack() as stack:
         log = tmp_path / "gateway.log"
@@ -82,6 +83,8 @@ def test_a_gateway_and_workers_of_their_own(tmp_path: Path) -> None:
         assert " Paris" in answer.stdout, answer
         gateway.send_signal(signal.SIGTERM)
         assert gateway.wait(STOP_S) == 0
+        said = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+        assert any(line["logger"] == "tandem.access" for line in said)
 
         # Another gateway in its place hears from the same workers.
         ports = f"grpc_port: {url.rpartition(':')[2]}, registry_port: {reports_to.rpartition(':')[2]}, http_port: 0"
