@@ -217,3 +217,9 @@ def options_of(command: str) -> set[str]:
     words = [sys.executable, "-c", script, *command.split(), "--help"]
     shown = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     return set(re.findall(r"(--[\w-]+)", shown.stdout))
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest would import the second one as the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
