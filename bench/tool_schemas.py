@@ -1,6 +1,6 @@
 """Answers held to real tool schemas: do all that end by themselves parse and validate?
 
-    python -m bench.tool_schemas [--data ../shared/data/prompts/bfcl_tools.jsonl] [--limit 160] [--max-tokens 200]
+    python -m bench.tool_schemas [--data ../shared/data/prompts/bfcl_tools.jsonl] [--limit 160] [--max-tokens 200] [--kinds object,calls]
 
 A service of two processes with the default model, and the openai package. Every line of the file is asked four times:
 for an object of its first tool's parameters, and for calls of its tools (`tool_choice: required`), greedily and
@@ -37,6 +37,7 @@ class Arguments(argparse.Namespace):
     data: Path
     limit: int
     max_tokens: int
+    kinds: str
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ async def main(options: Arguments) -> dict[str, Tally]:
         server = Server([sys.executable, "-m", "cluster.cli", "serve", "--config", str(config)], READY)
         async with running(server) as url, AsyncOpenAI(base_url=url, api_key="none", timeout=3600) as client:
             turn = asyncio.Semaphore(AT_ONCE)
-            for calls in (False, True):
+            for calls in (kind == "calls" for kind in options.kinds.split(",")):
                 for temperature in (0.0, 1.0):
                     name = f"{'calls' if calls else 'object'}, {'sampled' if temperature else 'greedy'}"
                     tally = found[name] = Tally()
@@ -126,4 +127,5 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--kinds", default="object,calls")
     show(asyncio.run(main(parser.parse_args(namespace=Arguments()))))
