@@ -1,6 +1,8 @@
 """Answers held to real tool schemas: do all that end by themselves parse and validate?
 
-    python -m bench.tool_schemas [--data ../shared/data/prompts/bfcl_tools.jsonl] [--limit 160] [--max-tokens 200] [--kinds object,calls]
+    python -m bench.tool_schemas [--data FILE] [--limit 160] [--max-tokens 200] [--kinds object,calls]
+
+The file is ../shared/data/prompts/bfcl_tools.jsonl unless another is named.
 
 A service of two processes with the default model, and the openai package. Every line of the file is asked four times:
 for an object of its first tool's parameters, and for calls of its tools (`tool_choice: required`), greedily and
