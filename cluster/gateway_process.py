@@ -7,13 +7,13 @@ The ports, and how it ends: gateway_ports.py.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from cluster.background import tell_of_crash
 from cluster.config import TandemConfig
 from cluster.controller_loop import ControllerLoop, Scaling, sight_of
 from cluster.demand import Cost, DemandMeter
@@ -43,8 +43,6 @@ from kvtransfer.rpc_server import RpcServer
 READY_POLL_S = 0.1
 # How soon a change of the files of keys counts.
 CLIENTS_POLL_S = 1.0
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +99,14 @@ async def running_gateway(
             tasks.append(asyncio.create_task(_watch_readiness(ports.grpc, is_ready)))
             if clients is not None:
                 tasks.append(asyncio.create_task(_watch_clients(clients)))
-                tasks[-1].add_done_callback(partial(_tell_of_crash, "what reads files of keys has crashed: they stay"))
+                tasks[-1].add_done_callback(
+                    partial(tell_of_crash, "what reads files of keys has crashed: they stay as they are")
+                )
             if controller is not None:
                 tasks.append(asyncio.create_task(controller.run(sight_of(gateway, registry)), name="controller"))
-                tasks[-1].add_done_callback(partial(_tell_of_crash, "the controller has crashed: roles stay"))
+                tasks[-1].add_done_callback(
+                    partial(tell_of_crash, "the controller has crashed: roles stay as they are")
+                )
             try:
                 yield RunningGateway(gateway, ports.grpc.address, ports.reports_to, ports.http, controller)
             finally:
@@ -143,12 +145,6 @@ def make_controller(
         has_local=config.gateway.router.has_local,
     )
     return ControllerLoop(cluster.controller, meter, cluster.prefill + cluster.decode, fleet)
-
-
-def _tell_of_crash(what: str, task: asyncio.Task[None]) -> None:
-    """Requests are served without them too: a bug is told, and ends nothing else."""
-    if not task.cancelled() and (bug := task.exception()) is not None:
-        _log.error("%s as they are", what, exc_info=bug)
 
 
 async def _watch_readiness(server: RpcServer, is_ready: Callable[[], bool]) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
+from cluster.background import tell_of_crash
 from cluster.endings import Ended
 from cluster.gateway import Gateway
 from cluster.history import History
 from cluster.recent_requests import RecentRequests
-
-_log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -45,15 +44,10 @@ async def recording(gateway: Gateway) -> AsyncIterator[Recorder]:
     """A recorder that runs while the context lasts."""
     recorder = Recorder(gateway)
     task = asyncio.create_task(recorder.run(), name="recorder")
-    task.add_done_callback(_tell_of_crash)
+    crashed = "what records the page's history has crashed: it has no queues from now on"
+    task.add_done_callback(partial(tell_of_crash, crashed))
     try:
         yield recorder
     finally:
         task.cancel()
         await asyncio.wait([task])
-
-
-def _tell_of_crash(task: asyncio.Task[None]) -> None:
-    """Requests are served without it too: a bug is told, and ends nothing else."""
-    if not task.cancelled() and (bug := task.exception()) is not None:
-        _log.error("what records the page's history has crashed: it has no queues from now on", exc_info=bug)
