@@ -223,3 +223,12 @@ def test_no_two_files_of_tests_have_one_name() -> None:
     """pytest would import the second one as the first."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
+def test_no_test_brings_ray_into_the_process_of_others() -> None:
+    """Whether Ray asks for a token is settled once in a process: tests/e2e/test_on_ray.py."""
+    files = [path for path in (ROOT / "tests").rglob("*.py") if not path.name.endswith("_cases.py")]
+    own = {"tests/deploy/ray_up/caller.py"}  # A program of its own.
+    wanted = re.compile(r"^\s*(ray\.init\(|from cluster\.(launcher|ray_thread|ray_seats) import)", re.MULTILINE)
+    found = {path.relative_to(ROOT).as_posix() for path in files if wanted.search(path.read_text())}
+    assert found <= own

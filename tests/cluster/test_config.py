@@ -179,7 +179,9 @@ def test_environment():
 def test_one_ray_token_for_as_long_as_the_process_lives(monkeypatch):
     """Ray remembers the first."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.delenv(name, raising=False)
+        # Also puts back that there was none: what this test leaves must not be read by the next.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     prepare_ray(is_local=True)
     token = os.environ["RAY_AUTH_TOKEN"]
     prepare_ray(is_local=True)

@@ -11,7 +11,6 @@ import pytest
 
 from cluster.cluster_config import ClusterConfig
 from cluster.config import TandemConfig
-from cluster.environment import prepare_ray
 from cluster.fleet import Fleet
 from cluster.processes import ProcessFleet
 from cluster.registry import HeartbeatReply, Registry, WorkerReport
@@ -108,16 +107,3 @@ async def test_one_more_that_cannot_run_costs_only_itself(engine: EngineConfig, 
         await gateway.until(lambda: any("going on without it" in line for line in log), fleet)
         await gateway.until(lambda: "decode-0" in gateway.last, fleet)
         fleet.check()
-
-
-@pytest.mark.ray
-@pytest.mark.nightly
-async def test_actors_come_and_leave(engine: EngineConfig):
-    """Also into the bundles of one that has left, and into new ones."""
-    prepare_ray(is_local=True)
-    from cluster.launcher import RayFleet
-
-    log: list[str] = []
-    controller = {"enabled": True, "max_workers": 3, "min_prefill": 0, "min_workers": 1}
-    cluster = ClusterConfig(prefill=0, decode=1, address="ray", drain_s=2, controller=controller)
-    await grow_and_shrink(RayFleet(TandemConfig(engine=engine, cluster=cluster), log.append), log)

@@ -1,4 +1,4 @@
-"""Workers on the nodes of a real Ray cluster that have the labels asked for; run by test_ray_seats.py."""
+"""Workers on the nodes of a real Ray cluster that have the labels asked for; run by test_on_ray.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application that a RayService waits for, on a real Ray with Ray Serve."""
+"""The application that a RayService waits for, on a real Ray with Ray Serve; run by test_on_ray.py."""
 
 from __future__ import annotations
 
