@@ -9,7 +9,7 @@ from typing import cast
 
 from cluster.messages import GenerateRequest, Message, ModelInfo
 from cluster.text_queue import SHORT_CHARS
-from engine.errors import InvalidArgument, NotFound
+from engine.errors import ContextExceeded, InvalidArgument, NotFound
 from engine.request_checks import check_token_ids
 from engine.tokenizer import Tokenizer
 from engine.tools import Tool
@@ -114,7 +114,7 @@ def _check_chars(field: str, chars: int, max_prompt_chars: int) -> None:
 def _check_length(field: str, prompt_tokens: int, max_tokens: int, max_context: int) -> None:
     if prompt_tokens >= max_context:
         limit = f"at most {max_context - 1}: the model's context is {max_context}"
-        raise InvalidArgument(field, f"{prompt_tokens} tokens", limit)
+        raise ContextExceeded(field, f"{prompt_tokens} tokens", limit)
     if prompt_tokens + max_tokens > max_context:
         room = f"at most {max_context - prompt_tokens}: the prompt has {prompt_tokens} of {max_context} tokens"
-        raise InvalidArgument("sampling_params.max_tokens", max_tokens, room)
+        raise ContextExceeded("sampling_params.max_tokens", max_tokens, room)

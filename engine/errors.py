@@ -2,6 +2,7 @@
 
     TandemError
     ├── InvalidArgument     a field of a request is wrong: names the field, the value and what would be right
+    │   └── ContextExceeded the prompt, or with it the answer asked for, is longer than the model's context
     ├── Unauthenticated     nobody knows who is calling: no key or token, or none that counts
     ├── PermissionDenied    the caller may not do this
     ├── NotFound            a named thing (model, worker, request) does not exist
@@ -46,6 +47,11 @@ class InvalidArgument(TandemError):
         """For callers who know the field by another name."""
         self.field = field
         self.args = (f"{field}: got {self.value}, expected {self.expected}",)
+
+
+class ContextExceeded(InvalidArgument):
+    """The prompt, or with it the answer asked for, is longer than the model's context. Told apart on this side of the
+    wire only, where OpenAI's clients have a code for it."""
 
 
 class Unauthenticated(TandemError):

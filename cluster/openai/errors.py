@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import (
+    ContextExceeded,
     DeadlineExceeded,
     InvalidArgument,
     NotFound,
@@ -55,7 +56,7 @@ def error_answer(error: TandemError) -> ErrorAnswer:
         case BodyTooLarge():
             return ErrorAnswer(413, _body(str(error), INVALID, None))
         case InvalidArgument():
-            code = "context_length_exceeded" if "the model's context is" in error.expected else None
+            code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
             return ErrorAnswer(400, _body(str(error), INVALID, code, error.field))
         case Unauthenticated():
             return ErrorAnswer(401, _body(str(error), INVALID, "invalid_api_key"))

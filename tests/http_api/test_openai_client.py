@@ -285,11 +285,12 @@ async def test_another_model() -> None:
     assert raised.value.code == "model_not_found"
 
 
-async def test_a_prompt_that_is_too_long() -> None:
+@pytest.mark.parametrize(("prompt_tokens", "max_tokens", "param"), [(3000, 1, "prompt"), (2000, 100, "max_tokens")])
+async def test_more_than_the_context_holds(prompt_tokens: int, max_tokens: int, param: str) -> None:
     async with web() as running, client(running) as ai:
         with pytest.raises(openai.BadRequestError) as raised:
-            await ai.completions.create(model="tiny", prompt=[5] * 3000)
-    assert raised.value.code == "context_length_exceeded"
+            await ai.completions.create(model="tiny", prompt=[5] * prompt_tokens, max_tokens=max_tokens)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", param)
 
 
 async def test_nobody_to_serve_it() -> None:
