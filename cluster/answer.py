@@ -27,13 +27,8 @@ class Answer:
         self.last_s: float | None = None
 
     @property
-    def was_cut(self) -> bool:
-        """True when every choice has ended, at least one of them only here: the worker would go on with it."""
-        return self.has_ended and not all(choice.has_ended_at_worker for choice in self._choices)
-
-    @property
     def has_ended(self) -> bool:
-        """True when every choice has, wherever."""
+        """True when every choice has: the worker may still go on with those that only a stop string ended."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
@@ -52,7 +47,6 @@ class Answer:
         """Takes new tokens; returns what the client is to see of them, None for a choice that has ended already."""
         assert 0 <= delta.choice < len(self._choices), f"{delta.request_id} has no choice {delta.choice}"
         choice = self._choices[delta.choice]
-        choice.has_ended_at_worker |= delta.finish_reason is not None
         if choice.finish_reason is not None:
             return None
         if delta.tokens:
@@ -91,7 +85,6 @@ class _GrowingChoice:
         self.tokens: list[Sampled] = []
         self.last_s: float | None = None
         self.finish_reason: FinishReason | None = None
-        self.has_ended_at_worker = False
         self._matched_stop_str: str | None = None
         self._matched_token_id: int | None = None
 

@@ -24,8 +24,9 @@ from engine.trace_context import TraceContext
 class Ended:
     """One request that had come in good order, once it holds nothing any more. `request_id` is "" where it was never
     given one. `arrived_s` is of the gateway's clock. `problem` says what it broke off with, "" where it did not.
-    `finish_reasons` has one for each choice. `receipt` None: no worker had it. `admitted_s`: when it had a place, None
-    where it had none. `trace`: its span, None for none."""
+    `finish_reasons` has one for each choice. `receipt` None: no worker had it; only where its last worker has told
+    (`worker_told`) are the workers' parts of `receipt` and `usage` known. `admitted_s`: when it had a place, None where
+    it had none. `trace`: its span, None for none."""
 
     request_id: str
     tenant: str
@@ -40,6 +41,7 @@ class Ended:
     admitted_s: float | None = None
     attempts: tuple[Attempt, ...] = ()
     trace: TraceContext | None = None
+    worker_told: bool = True
 
 
 class Observer(Protocol):
@@ -106,6 +108,7 @@ class Endings:
             admitted_s=run.admitted_s,
             attempts=tuple(run.attempts),
             trace=run.trace,
+            worker_told=run.done is not None,
         )
         for observer in self._observers:
             observer.ended(ended)

@@ -21,7 +21,6 @@ from cluster.retry_budget import RetryBudget
 from cluster.routing.booking import Booking
 from cluster.routing.view import ClusterView
 from cluster.run import Run
-from decode_worker.stream import Done
 from engine.errors import (
     DeadlineExceeded,
     HandedBack,
@@ -33,7 +32,6 @@ from engine.errors import (
     VersionMismatch,
 )
 from engine.log_fields import about
-from engine.request import Receipt
 
 # A request that so many workers gave back finds the cluster in no state to serve it.
 PLACEMENTS_MAX = 8
@@ -67,10 +65,6 @@ class Failures:
             return
         if isinstance(error, FINAL):
             raise error
-        if run.answer.has_ended:
-            # All of it is here; only the word that it is over was lost.
-            run.done = Done(run.request.request_id, 0, Receipt())
-            return
         may_retry = run.on_failure == "recompute" or (run.on_failure == "retry" and not run.is_resumed)
         if not may_retry or run.retries + 1 >= self._config.max_attempts:
             raise error

@@ -48,6 +48,9 @@ from decode_worker.stream import Delta, Done, Event, Failed, Submit
 from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
 from engine.tokenizer import Tokenizer
 
+# How long a client may wait for its usage and receipt once its answer is whole. A worker says it at once.
+LAST_WORD_S = 0.5
+
 
 class Gateway:
     """Serves one model. `tokenizer` None serves token ids only, and answers without text.
@@ -246,12 +249,15 @@ class Gateway:
         submit = run.submit(booking, asyncio.get_running_loop().time())
         notice = partial(self._notice, run, booking, place)
         link = self._links.submit(booking.route.decode_address, submit, notice, partial(self._ticket, booking))
-        async with link as mailbox, _deadline(run, mailbox):
-            while not run.is_over:
-                event = await anext(mailbox)
-                chunk = self._take(run, event, mailbox.came_s)
-                if chunk is not None:
-                    yield chunk
+        async with link as mailbox:
+            async with _deadline(run, mailbox):
+                while not run.is_over:
+                    event = await anext(mailbox)
+                    chunk = self._take(run, event, mailbox.came_s)
+                    if chunk is not None:
+                        yield chunk
+            if run.done is None:
+                run.done = await _last_word(mailbox)
 
     def _ticket(self, booking: Booking, submit: Submit) -> bytes:
         if self._tickets is None or booking.route.is_local:
@@ -295,6 +301,17 @@ class Gateway:
     def _end(self, booking: Booking) -> None:
         self._ledger.end(booking, asyncio.get_running_loop().time())
         self._dispatcher.news()
+
+
+async def _last_word(mailbox: Mailbox) -> Done | None:
+    """Has the worker stop what has ended only here, by a stop string, and waits a moment for what it has to say."""
+    mailbox.cancel()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORD_S):
+            async for event in mailbox:
+                if isinstance(event, Done):
+                    return event
+    return None
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 from decode_worker.stream import Cancel, Command, DecodeSession, DecodeTransport, Done, Event, Failed, Submit
 from engine.errors import TandemError, Unavailable
@@ -61,7 +62,7 @@ class DecodeLinks:
         submit = replace(submit, request_id=f"{submit.request_id}#{self._submit_count}")
         if ticket is not None:
             submit = replace(submit, ticket=ticket(submit))
-        mailbox = link.start(submit, Mailbox(notice))
+        mailbox = link.start(submit, Mailbox(notice, partial(link.cancel, submit)))
         try:
             yield mailbox
         finally:
@@ -92,14 +93,19 @@ class Mailbox:
     choice and one for its own, as long as `notice` refuses what goes beyond.
     After `expire` the reader still gets what is here, then TimeoutError: one timer for a whole request, instead of one
     around each of its waits. `came_s`: when the event that was read last came, however late its reader took it.
+    `cancel` has the worker stop now; Done still comes, where the worker is there to say it.
     """
 
-    def __init__(self, notice: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self, notice: Callable[[Event], None] | None = None, cancel: Callable[[], None] = lambda: None
+    ) -> None:
         self._notice = notice
+        self.cancel = cancel
         self._events: deque[tuple[Event, float]] = deque()
         self.came_s = 0.0
         self._arrived = asyncio.Event()
         self._is_late = False
+        self.is_cancelled = False
         self.has_ended = False
 
     def put(self, event: Event) -> None:
@@ -161,9 +167,15 @@ class _Link:
 
     def leave(self, submit: Submit) -> None:
         """Forgets a request, and cancels it where it has not ended."""
-        mailbox = self._mailboxes.pop(submit.request_id)
-        if mailbox.has_ended or self.is_broken:
+        self.cancel(submit)
+        del self._mailboxes[submit.request_id]
+
+    def cancel(self, submit: Submit) -> None:
+        """Has the worker drop a request, where it has not ended and was not cancelled before."""
+        mailbox = self._mailboxes[submit.request_id]
+        if mailbox.has_ended or mailbox.is_cancelled or self.is_broken:
             return
+        mailbox.is_cancelled = True
         if submit in self._outbox:
             self._outbox.remove(submit)
         else:

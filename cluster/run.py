@@ -42,7 +42,7 @@ class Run:
     """`seed` is the request's own, or was drawn for it: every attempt has the same, so that its draws go on. Times are
     of the gateway's clock; `handed_over_s` is when a worker got it first, `submitted_s` when one got it last.
     `request_id` is "" until one was taken for it. `admitted_s` is when it had a place, None before. `trace`: its span,
-    None where it is in no trace."""
+    None where it is in no trace. `done` is its worker's last word, None before, or where that was lost."""
 
     request: GenerateRequest
     token_ids: tuple[int, ...]
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        return self.done is not None or self.answer.was_cut
+        return self.done is not None or self.answer.has_ended
 
     @property
     def is_resumed(self) -> bool:
@@ -157,7 +157,7 @@ class Run:
         return Complete(self.answer.choices(), self.usage(), self.receipt())
 
     def receipt(self) -> Receipt:
-        """As far as it got. Without `done` it was ended from here, and the worker's part is not known."""
+        """As far as it got. Without `done` the worker's part is not known."""
         assert self.booking is not None, "some worker has had it"
         answer, done, route = self.answer, self.done, self.booking.route
         return replace(

@@ -96,7 +96,8 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drops a request and frees all it holds. Unknown ids are ignored: the request may just have finished."""
+    """Drops a request and frees all it holds; Done then says how far it got. Unknown ids are ignored: the request may
+    just have finished."""
 
     request_id: str
 
@@ -121,8 +122,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """All choices of a request have finished and its blocks go back. `cached_tokens`: prompt tokens whose KV
-    came from a prefix cache on either side. In `receipt` only what the worker side knows is filled in."""
+    """All choices of a request have finished, or it was cancelled, and its blocks go back. `cached_tokens`: prompt
+    tokens whose KV came from a prefix cache on either side. In `receipt` only what the workers know is filled in."""
 
     request_id: str
     cached_tokens: int

@@ -219,7 +219,7 @@ class DecodeWorker:
             case FromGateway(session=session, command=Cancel() as cancel):
                 request = session.requests.get(cancel.request_id)
                 if request is not None:
-                    self._drop(self._live[request.key])
+                    self._emit([(request, request.done())])
             case Expire(key=key):
                 if key in self._live:
                     self._pool.counts.lease_expiries += 1

@@ -58,7 +58,8 @@ def recent_fields(recent: Recent, to_unix_s: float) -> dict[str, Any]:
 
 
 def request_fields(recent: Recent, to_unix_s: float) -> dict[str, Any]:
-    """All that is known of it. `receipt` null: no worker had it."""
+    """All that is known of it. `receipt` null: no worker had it. The workers' parts of it are zeros, and mean nothing,
+    where `worker_told` is false."""
     ended, outcome = recent.ended, recent.ended.outcome
     return {
         **recent_fields(recent, to_unix_s),
@@ -68,6 +69,7 @@ def request_fields(recent: Recent, to_unix_s: float) -> dict[str, Any]:
         "tpot_objective_s": outcome.objectives.tpot_s,
         "was_local": outcome.was_local,
         "finish_reasons": list(ended.finish_reasons),
+        "worker_told": ended.worker_told,
         "receipt": None if ended.receipt is None else asdict(ended.receipt),
     }
 

@@ -147,25 +147,31 @@ class RequestMetrics:
     def _answered(self, request: Ended, receipt: Receipt) -> None:
         tallies, usage, choices = self._tallies, request.usage, len(request.finish_reasons)
         tallies[E2E].add(request.outcome.ended_s - request.arrived_s)
-        phases_s = {phase: _believable(getattr(receipt, f"{phase}_s")) for phase in PHASES}
-        for phase, seconds in phases_s.items():
-            self._phases_s[phase] += seconds
-        tallies[QUEUE].add(phases_s["gateway_queue"] + phases_s["prefill_queue"] + phases_s["decode_queue"])
-        tallies[PREFILL].add(phases_s["prefill"])
-        tallies[DECODE].add(phases_s["decode"])
         tallies[PROMPT_TOKENS].add(usage.prompt_tokens)
         tallies[GENERATION_TOKENS].add(usage.completion_tokens)
         if usage.completion_tokens > choices:
             tallies[TPOT].add(receipt.tpot_s)
-        if not request.outcome.was_local:
-            tallies[EXPOSED].add(phases_s["kv_exposed"])
         for declared, predicted_s, actual_s in (
             (TTFT_ERROR, receipt.predicted_ttft_s, receipt.ttft_s),
             (TPOT_ERROR, receipt.predicted_tpot_s, receipt.tpot_s),
         ):
             if predicted_s > 0 and actual_s > 0:
                 tallies[declared].add(abs(predicted_s - actual_s) / actual_s)
-        self._cached += usage.cached_tokens
+        if request.worker_told:
+            self._worker_told(request, receipt)
+
+    def _worker_told(self, request: Ended, receipt: Receipt) -> None:
+        """Where the time went, which only workers know. Zeros in place of what was lost would hide the rest."""
+        tallies = self._tallies
+        phases_s = {phase: _believable(getattr(receipt, f"{phase}_s")) for phase in PHASES}
+        for phase, seconds in phases_s.items():
+            self._phases_s[phase] += seconds
+        tallies[QUEUE].add(phases_s["gateway_queue"] + phases_s["prefill_queue"] + phases_s["decode_queue"])
+        tallies[PREFILL].add(phases_s["prefill"])
+        tallies[DECODE].add(phases_s["decode"])
+        if not request.outcome.was_local:
+            tallies[EXPOSED].add(phases_s["kv_exposed"])
+        self._cached += request.usage.cached_tokens
         self._kv_bytes += receipt.kv_bytes
         self._early_kv_bytes += receipt.kv_bytes_before_first_token
 

@@ -38,7 +38,7 @@ class FakeDecode:
     """A DecodeTransport to workers that give every choice the same `answer`, one token per STEP_S.
 
     The last token of `answer` ends a choice as a stop token when it is `eos`; else max_tokens does, or nothing.
-    Whatever comes to an address in `draining` is handed back.
+    Whatever comes to an address in `draining` is handed back. `is_mute`: it says nothing of what was cancelled.
     """
 
     def __init__(self, answer: Sequence[int] = (), eos: int | None = None) -> None:
@@ -52,6 +52,7 @@ class FakeDecode:
         self.attached: list[str] = []
         self.error: TandemError | None = None
         self.closed = False
+        self.is_mute = False
         self.sessions: dict[str, _FakeSession] = {}
 
     @asynccontextmanager
@@ -89,7 +90,11 @@ class _FakeSession:
         await asyncio.sleep(STEP_S / 10)
         if isinstance(command, Cancel):
             self._fake.cancels.append(command.request_id)
-            self._runs[command.request_id].cancel()
+            run = self._runs[command.request_id]
+            run.cancel()
+            if not self._fake.is_mute and not run.done():
+                done = Done(command.request_id, CACHED_TOKENS, WORKER_RECEIPT)
+                self.outgoing.put_nowait(TokenFrame(0, (done,)))
         else:
             self._fake.submits.append((self._address, command))
             if self._address in self._fake.draining:

@@ -45,9 +45,10 @@ def test_text_comes_as_soon_as_its_characters_are_whole() -> None:
     euro = tokens("€")
     assert shown(answer.add(Delta("r", 0, euro[:2]), 1.0)) == ("", 2)
     assert shown(answer.add(Delta("r", 0, euro[2:]), 2.0)) == ("€", 1)
+    assert not answer.has_ended
     assert shown(answer.add(delta("ab", finish=FinishReason.LENGTH), 3.0)) == ("ab", 2)
     assert only_choice(answer) == Choice(0, "€ab", tokens("€ab"), FinishReason.LENGTH)
-    assert not answer.was_cut
+    assert answer.has_ended
 
 
 def test_a_stop_token_is_a_token_of_the_answer_but_has_no_text() -> None:
@@ -62,18 +63,17 @@ def test_a_stop_token_is_a_token_of_the_answer_but_has_no_text() -> None:
 def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(include: bool, text: str) -> None:
     answer = Answer(SamplingParams(stop=("zwei", "two"), include_stop_str_in_output=include), TOKENIZER)
     assert shown(answer.add(delta("one t"), 1.0)) == ("one ", 5)
-    assert not answer.was_cut
+    assert not answer.has_ended
     assert shown(answer.add(delta("wo three", finish=None), 2.0)) == (text[4:], 2)
-    assert answer.was_cut
+    assert answer.has_ended
     assert answer.add(delta("more"), 3.0) is None
     assert only_choice(answer) == Choice(0, text, tokens("one two"), FinishReason.STOP, matched_stop_str="two")
 
 
-def test_a_stop_string_in_the_last_token_needs_no_cut() -> None:
+def test_a_stop_string_in_the_last_token() -> None:
     answer = Answer(SamplingParams(stop=("two",)), TOKENIZER)
     answer.add(delta("two", finish=FinishReason.LENGTH), 1.0)
     assert only_choice(answer).finish_reason is FinishReason.STOP
-    assert not answer.was_cut
 
 
 def test_text_held_for_a_stop_string_that_did_not_come_is_shown_at_the_end() -> None:
@@ -99,14 +99,13 @@ def test_choices_end_each_on_its_own() -> None:
     answer = Answer(SamplingParams(n=3, stop=(".",)), TOKENIZER)
     answer.add(delta("a.", choice=0), 1.0)
     answer.add(delta("b", choice=1, finish=FinishReason.LENGTH), 1.0)
-    assert not answer.was_cut
+    assert not answer.has_ended
     answer.add(delta("c", choice=2), 2.0)
     assert [choice.finish_reason for choice in answer.choices()] == ["stop", "length", "abort"]
     answer.add(delta(".", choice=2), 3.0)
-    assert answer.was_cut
+    assert answer.has_ended
     answer.add(delta("x", choice=0, finish=FinishReason.LENGTH), 3.0)
     answer.add(delta("x", choice=2, finish=FinishReason.LENGTH), 3.0)
-    assert not answer.was_cut
     assert [choice.text for choice in answer.choices()] == ["a", "b", "c"]
     assert answer.token_count == 5
 

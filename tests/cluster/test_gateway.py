@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.gateway import Gateway
+from cluster.endings import Ended
+from cluster.gateway import LAST_WORD_S, Gateway
 from cluster.links import DecodeLinks
 from cluster.messages import GenerateRequest, Usage
 from cluster.registry import HeartbeatReply, Registry
@@ -22,7 +24,7 @@ from engine.errors import (
 )
 from engine.request import FinishReason
 from engine.sampling import SamplingParams
-from tests.cluster.fake_decode import CACHED_TOKENS, STEP_S, FakeDecode, on_virtual_time
+from tests.cluster.fake_decode import CACHED_TOKENS, STEP_S, WORKER_RECEIPT, FakeDecode, on_virtual_time
 from tests.cluster.serving import (
     ANSWER,
     CONFIG,
@@ -87,6 +89,28 @@ async def test_a_stop_string_cancels_the_rest() -> None:
     assert fake.cancels == ["r#1"]
     assert complete.receipt.decode_worker == "d"
     assert complete.receipt.ttft_s > 0
+    assert complete.receipt.prefill_s == WORKER_RECEIPT.prefill_s, "its worker still says where the time went"
+    assert complete.usage.cached_tokens == CACHED_TOKENS
+
+
+@on_virtual_time
+@pytest.mark.parametrize("fails", [False, True], ids=["mute", "lost"])
+async def test_a_worker_that_says_nothing_of_what_was_cut_holds_nobody_up(fails: bool) -> None:
+    fake = FakeDecode(ANSWER)
+    fake.is_mute = True
+    told: list[Ended] = []
+    loop = asyncio.get_running_loop()
+    async with serving(fake) as gateway:
+        gateway.endings.observe(SimpleNamespace(ended=told.append))
+        if fails:
+            loop.call_later(0.4, lambda: fake.break_link(*fake.sessions))
+        began_s = loop.time()
+        params = SamplingParams(max_tokens=40, stop=(", t",))
+        _, complete = await collect(gateway, replace(REQUEST, params=params, deadline_s=0.3))
+        assert loop.time() - began_s < 0.3 + LAST_WORD_S
+    assert complete.choices[0].text == "One"
+    assert complete.receipt.prefill_s == 0.0
+    assert [(request.outcome.reason, request.worker_told) for request in told] == [("finished", False)]
 
 
 @on_virtual_time

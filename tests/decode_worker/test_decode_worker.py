@@ -76,6 +76,10 @@ def test_ending_a_request_in_any_phase_frees_both_sides(scene: Scene, phase: str
                 (end,) = ends_of(gateway)
                 assert isinstance(end, Failed)
                 assert isinstance(end.error, DeadlineExceeded)
+            elif ending == "cancel":
+                (end,) = ends_of(gateway)
+                assert isinstance(end, Done), "it says how far it got"
+                assert (end.receipt.kv_bytes > 0) == (phase == "decoding")
             else:
                 assert ends_of(gateway) == []
 

@@ -108,11 +108,13 @@ async def _serve(
         await asyncio.sleep(1)
         worker.check_empty()
         prefill.check_empty()
+    # How far those were differs: what is drawn in one go is booked in one go.
+    cancelled = {ask.submit.request_id for ask in asks if ask.cancel_after_s is not None}
     for event in gateway.events:
         if isinstance(event, Delta):
             tokens = outcome.tokens.setdefault((event.request_id, event.choice), [])
             tokens += [drawn.token_id for drawn in event.tokens]
-        elif isinstance(event, Done):
+        elif isinstance(event, Done) and event.request_id not in cancelled:
             outcome.receipts[event.request_id] = event.receipt
     outcome.log = runner.log
     outcome.runs = runner.runs

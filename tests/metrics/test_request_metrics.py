@@ -70,6 +70,14 @@ def test_a_finished_request() -> None:
     assert (page["request_kv_bytes_total",], page["request_kv_bytes_before_first_token_total",]) == (1000, 900)
 
 
+def test_what_no_worker_told_is_no_zero() -> None:
+    page = counted(FINISHED, replace(FINISHED, receipt=Receipt(ttft_s=0.5, tpot_s=0.1), worker_told=False))
+    assert page["e2e_request_latency_seconds_count",] == page["request_prompt_tokens_count",] == 2
+    for name in ("queue", "prefill", "decode"):
+        assert page[f"request_{name}_time_seconds_count",] == 1, name
+    assert page["kv_exposed_seconds_count",] == 1
+
+
 @pytest.mark.parametrize("reason", ["rejected", "failed", "expired"])
 def test_who_got_nothing_attains_nothing(reason: str) -> None:
     outcome = replace(OUTCOME, ttft_s=None, tpot_s=None, reason=reason)

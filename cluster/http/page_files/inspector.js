@@ -11,7 +11,7 @@ const PHASES = [
   ["decode_s", "Decode", "decode", "until the last token"],
 ];
 const ON_THE_WAY = { title: "On the way", what: "messages between processes, and to the client" };
-const NOT_TOLD = { title: "Not told", what: "it was broken off before its worker told where its time went" };
+const NOT_TOLD = { title: "Not told", what: "it ended before its worker told where its time went" };
 // Shorter than what clocks of several processes and their messages make of it.
 const LEAST_REST_S = 0.0005;
 
@@ -104,11 +104,11 @@ function timeline(request) {
 function phasesOf(request) {
   const { receipt } = request;
   const phases = PHASES.map(([name, title, kind, what]) => ({ title, kind, what, time_s: receipt[name] })).filter(
-    (phase) => phase.time_s > 0 || (phase.kind !== "retry" && isWhole(request)),
+    (phase) => phase.time_s > 0 || (phase.kind !== "retry" && request.worker_told),
   );
   const rest_s = request.took_s - phases.reduce((sum, phase) => sum + phase.time_s, 0);
   if (rest_s > LEAST_REST_S)
-    phases.push({ ...(isWhole(request) ? ON_THE_WAY : NOT_TOLD), kind: "rest", time_s: rest_s });
+    phases.push({ ...(request.worker_told ? ON_THE_WAY : NOT_TOLD), kind: "rest", time_s: rest_s });
   return phases;
 }
 
