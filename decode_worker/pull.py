@@ -251,7 +251,7 @@ class _Intake:
         if self._receiver is not None:
             self._receiver.begins_again(begin)
             return
-        self._receiver = KVReceiver(begin, self.layout, len(call.token_ids), call.have_tokens)
+        self._receiver = KVReceiver(begin, self.layout, len(call.token_ids), call.have_tokens, wants_kv=call.wants_kv)
         self._begin = begin
         self._tell(Began(self.pull, begin))
         self._block_ids = await self.pull.grant

@@ -15,9 +15,11 @@ from kvtransfer.frames import Begin, KVBlocks, KVRange
 
 
 class KVReceiver:
-    """Checks frames against their stream's Begin. `layout` is the receiver's own."""
+    """Checks frames against their stream's Begin. `layout` is the receiver's own. Without `wants_kv` none come."""
 
-    def __init__(self, begin: Begin, layout: KVLayout, prompt_tokens: int, have_tokens: int) -> None:
+    def __init__(
+        self, begin: Begin, layout: KVLayout, prompt_tokens: int, have_tokens: int, *, wants_kv: bool = True
+    ) -> None:
         theirs = begin.layout
         if not theirs.matches(layout) or theirs.dtype not in ELEMENT_BYTES or theirs.block_size < 1:
             raise LayoutMismatch(f"sender's KV is {theirs}, receiver's is {layout}")
@@ -32,12 +34,12 @@ class KVReceiver:
         self._sender = theirs
         self._received = [0] * layout.num_layers
         blocks = -(-(prompt_tokens - begin.first_token) // theirs.block_size)
-        self._missing = blocks * layout.num_layers
+        self._missing = blocks * layout.num_layers if wants_kv else 0
 
     @property
     def complete(self) -> bool:
-        """True when every block of every layer is there."""
-        return self._missing == 0
+        """True when every block of every layer is there, or none is wanted."""
+        return self._missing <= 0
 
     def accept(self, frame: KVBlocks) -> bool:
         """Takes a frame into account; False where all of it was there already. Raises TransferFailed when it does not
@@ -67,6 +69,8 @@ class KVReceiver:
 
     def missing(self) -> tuple[KVRange, ...]:
         """What is not there yet, in whole blocks of the sender."""
+        if self.complete:
+            return ()
         size, first, layers = self._sender.block_size, self._begin.first_token, self._sender.num_layers
         blocks = -(-(self._begin.prompt_tokens - first) // size)
         found: list[KVRange] = []

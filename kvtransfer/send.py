@@ -36,13 +36,17 @@ class _Run:
 class KVSender:
     """One stream's outbox. The worker's loop publishes; the transport pulls `frames()`, one at a time. Of what is
     published only what lies in `wanted` is sent, unless that is empty: ranges of whole blocks that do not overlap.
+    Without `wants_kv` nothing is: the first token and the end are all there is to it.
     `ended_s` is when the last frame was asked for, None before; `published_bytes` counts what was to be sent."""
 
-    def __init__(self, runner: Runner, max_frame_bytes: int, wanted: Sequence[KVRange] = ()) -> None:
+    def __init__(
+        self, runner: Runner, max_frame_bytes: int, wanted: Sequence[KVRange] = (), *, wants_kv: bool = True
+    ) -> None:
         self._runner = runner
         self._layout = runner.layout
         self._max_frame_bytes = max_frame_bytes
         self._wanted = wanted
+        self._wants_kv = wants_kv
         self._urgent: deque[Begin | FirstToken] = deque()
         self._runs: deque[_Run] = deque()
         self._wake = asyncio.Event()
@@ -66,7 +70,7 @@ class KVSender:
     def publish(self, block_ids: Sequence[int], first_token: int, end_token: int, layers: range) -> None:
         """Offers the KV of tokens [first_token, end_token) in `layers`. `block_ids` start with `first_token`'s block;
         `end_token` ends a block or the prompt. The blocks must stay unchanged until the stream ends."""
-        if first_token >= end_token:
+        if first_token >= end_token or not self._wants_kv:
             return
         run = _Run(tuple(block_ids), first_token, end_token, layers.start, layers.stop)
         parts = [run]

@@ -58,6 +58,11 @@ class PrefillCall:
         """Tokens of the prompt proper."""
         return self.prompt_tokens or len(self.token_ids)
 
+    @property
+    def wants_kv(self) -> bool:
+        """False where the first token is the last: its KV would be of use to nobody, and none is sent."""
+        return len(self.token_ids) - self.prompt_count + 1 < self.params.max_tokens
+
 
 class PrefillService(Protocol):
     """The server's side: what a prefill worker offers, and what a transport serves."""

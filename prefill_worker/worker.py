@@ -100,7 +100,7 @@ class PrefillWorker:
         deadline = None if call.deadline_s is None else now + call.deadline_s
         self._stream_count += 1
         job = Job(f"{call.request_id}#{self._stream_count}", call, now, deadline)
-        sender = KVSender(self._runner, self._config.max_frame_bytes, call.wanted)
+        sender = KVSender(self._runner, self._config.max_frame_bytes, call.wanted, wants_kv=call.wants_kv)
         self._inbox.offer(_Arrive(job, sender))
         timer = None
         if deadline is not None:

@@ -131,6 +131,25 @@ def test_what_is_cached_here_is_named_in_the_call_and_not_sent(scene: Scene) -> 
     virtual_loop.run(main())
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_of_an_answer_of_one_token_no_kv_moves(scene: Scene, n: int) -> None:
+    async def main() -> None:
+        params = SamplingParams(temperature=1.0, n=n, max_tokens=1)
+        async with scene() as (transport, _, gateway, runner):
+            gateway.send(submit(30, params=params, seed=5, prefill_address="p"))
+            await asyncio.sleep(1)
+            (end,) = ends_of(gateway)
+            assert isinstance(end, Done)
+            assert (end.receipt.kv_bytes, transport.prefill.stats().kv_orphan_bytes) == (0, 0)
+            assert transport.prefill.stats().kv_streams_broken == 0
+            for choice in range(n):
+                assert tokens_of(gateway, choice=choice) == tuple(
+                    runner.expected_tokens(tuple(range(30)), params, 5, choice, 1)
+                )
+
+    virtual_loop.run(main())
+
+
 def test_another_tenants_salt_shares_nothing(scene: Scene) -> None:
     async def main() -> None:
         async with scene() as (transport, _, gateway, _):

@@ -26,6 +26,22 @@ async def read(prefill: PrefillWorker, asked: PrefillCall) -> list[Frame]:
     return [frame async for frame in prefill.prefill(asked)]
 
 
+def test_kv_that_nobody_wants_is_not_sent() -> None:
+    """Two tokens may be drawn, of which one was drawn elsewhere: the one to come is the last."""
+
+    async def main() -> None:
+        prefill = worker()
+        async with running(prefill.run()):
+            asked = call(30, params=SamplingParams(temperature=0.0, max_tokens=2), prompt_tokens=29)
+            frames = await read(prefill, asked)
+            await asyncio.sleep(1)
+            prefill.check_empty()
+        assert [type(frame) for frame in frames] == [Begin, FirstToken, End]
+        assert frames[-1] == End(0, 0)
+
+    virtual_loop.run(main())
+
+
 def tokens_sent(frames: list[Frame]) -> set[tuple[int, int]]:
     """(layer, token) pairs, each of which must come once."""
     pairs = [

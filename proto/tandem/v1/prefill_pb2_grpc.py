@@ -46,7 +46,8 @@ class PrefillWorkerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Runs one prompt. The prompt's KV on the prefill side lives exactly as long as this call.
+        """Runs one prompt. The prompt's KV on the prefill side lives exactly as long as this call. None of it is sent where the
+        first token is the last one that may be drawn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
