@@ -94,7 +94,8 @@ def selectors(text: str) -> list[str]:
 
     def note(node: promql_parser.Expr) -> None:
         if isinstance(node, promql_parser.VectorSelector):
-            found.append(str(node))
+            # Of what was before this Prometheus there is nothing.
+            found.append(str(node).partition(" offset ")[0])
 
     promql_parser.walk(promql_parser.parse(text), note)
     return found
