@@ -23,7 +23,7 @@ from cluster.gateway import Gateway
 from cluster.messages import ClusterStatus
 from cluster.metrics.gateway_metrics import gateway_families
 from cluster.metrics.request_metrics import RequestMetrics
-from cluster.metrics.worker_metrics import Lives, worker_families
+from cluster.metrics.worker_metrics import worker_families
 from cluster.registry import Role
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,7 +37,6 @@ class Metrics:
         self._gateway = gateway
         self._controller = controller
         self._requests = RequestMetrics()
-        self._lives = Lives()
         self._one_at_a_time = asyncio.Lock()
         self._process = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -49,22 +48,16 @@ class Metrics:
         async with self._one_at_a_time:
             status = self._gateway.status(asyncio.get_running_loop().time())
             actions = dict(self._controller.action_counts) if self._controller is not None else {}
-            totals = self._lives.totals(status.workers)
-            page = _Page(lambda: self._families(status, actions, totals))
+            page = _Page(lambda: self._families(status, actions))
             if _takes_openmetrics(accept):
                 # By default it writes colons in the names of samples, where they are allowed, as underscores.
                 return await asyncio.to_thread(openmetrics.generate_latest, page, openmetrics.ALLOWUTF8), OPEN
             return await asyncio.to_thread(exposition.generate_latest, page), PLAIN
 
-    def _families(
-        self,
-        status: ClusterStatus,
-        actions: Mapping[tuple[ActionKind, Role], int],
-        totals: Mapping[str, tuple[int, ...]],
-    ) -> Iterator[Metric]:
+    def _families(self, status: ClusterStatus, actions: Mapping[tuple[ActionKind, Role], int]) -> Iterator[Metric]:
         yield from gateway_families(status, self._gateway.flow, actions)
         yield from self._requests.families(status.model)
-        yield from worker_families(status.model, status.workers, totals)
+        yield from worker_families(status.model, status.workers)
         yield from self._process.collect()
 
 

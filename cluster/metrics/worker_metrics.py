@@ -1,19 +1,17 @@
 """What is shown of every worker: what it last said of itself.
 
-A worker counts since its own start. What a predecessor of the same name had counted is added, so that no count goes
-down while the name is there; a worker that is known no more takes its series along.
+A worker counts since its own start, and so do its series, whatever becomes of the gateway meanwhile: `rate` knows what
+a count that falls means. A worker that is known no more takes its series along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.metrics_core import Metric
 
 from cluster.messages import WorkerStatus
 from cluster.metrics.families import Counter, Gauge
-from engine.stats import COUNTS
 
 LABELS = ("role", "worker")
 BLOCK_STATES = ("used", "cached", "free")
@@ -94,54 +92,13 @@ COUNTERS = {
 }
 
 
-@dataclass(slots=True)
-class _Life:
-    """Of a worker's name: `before` was counted by predecessors, `counts` by the present incarnation."""
-
-    incarnation: int
-    counts: tuple[int, ...]
-    before: tuple[int, ...]
-
-    @property
-    def total(self) -> tuple[int, ...]:
-        return tuple(map(sum, zip(self.before, self.counts, strict=True)))
-
-
-class Lives:
-    """What workers have counted, each under its name whatever incarnations it has had."""
-
-    def __init__(self) -> None:
-        self._lives: dict[str, _Life] = {}
-
-    def totals(self, workers: Sequence[WorkerStatus]) -> dict[str, tuple[int, ...]]:
-        """In order of COUNTS, by worker. Call with all workers that are known, each time: others are forgotten."""
-        lives: dict[str, _Life] = {}
-        for worker in workers:
-            counts = tuple(getattr(worker, name) for name in COUNTS)
-            life = self._lives.get(worker.worker_id)
-            before = (0,) * len(COUNTS) if life is None else life.before
-            if life is not None and _is_another(life, worker.incarnation, counts):
-                before = life.total
-            lives[worker.worker_id] = _Life(worker.incarnation, counts, before)
-        self._lives = lives
-        return {worker_id: life.total for worker_id, life in lives.items()}
-
-
-def worker_families(
-    model: str, workers: Sequence[WorkerStatus], totals: Mapping[str, tuple[int, ...]]
-) -> Iterator[Metric]:
+def worker_families(model: str, workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
     for gauge, value in GAUGES.items():
         yield gauge.family(model, [(_labels(worker), value(worker)) for worker in workers])
     yield BLOCKS.family(model, [sample for worker in workers for sample in _blocks(worker)])
     yield WORKERS.family(model, [((role,), _able(workers, role)) for role in ("prefill", "decode")])
-    for index, name in enumerate(COUNTS):
-        samples = [(_labels(worker), totals[worker.worker_id][index]) for worker in workers]
-        yield COUNTERS[name].family(model, samples)
-
-
-def _is_another(life: _Life, incarnation: int, counts: tuple[int, ...]) -> bool:
-    """A worker of an earlier release begins to count anew with each of its roles."""
-    return incarnation != life.incarnation or any(map(int.__lt__, counts, life.counts))
+    for name, counter in COUNTERS.items():
+        yield counter.family(model, [(_labels(worker), getattr(worker, name)) for worker in workers])
 
 
 def _labels(worker: WorkerStatus) -> tuple[str, str]:

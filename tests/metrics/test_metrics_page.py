@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 from cluster.security.api_keys import new_key
 from cluster.security.auth_config import AuthConfig
 from cluster.security.clients import Clients
+from tests.cluster.serving import STATS, report
 from tests.http_api.web import web
 from tests.metrics.scrape import scrape
 
@@ -45,6 +47,20 @@ async def test_objectives_that_are_missed_are_no_goodput() -> None:
     assert sum(outcomes.values()) == 1
     assert page.value("requests_attained_total", objective="both") == 0
     assert page.value("attainment_ratio", objective="both") == 0
+
+
+async def test_a_workers_counts_are_the_same_whichever_gateway_is_asked() -> None:
+    """One that has seen the worker's predecessor too, and one that has started since."""
+    again = report("d", incarnation=2, stats=replace(STATS, steps=5))
+    async with web(workers=()) as running, httpx.AsyncClient() as client:
+        running.gateway.heartbeat(report("d", stats=replace(STATS, steps=100, draining=True)))
+        assert (await scrape(client, running.root)).value("worker_steps_total", worker="d") == 100
+        running.gateway.heartbeat(again)
+        seen = [(await scrape(client, running.root)).value("worker_steps_total", worker="d")]
+    async with web(workers=()) as running, httpx.AsyncClient() as client:
+        running.gateway.heartbeat(again)
+        seen.append((await scrape(client, running.root)).value("worker_steps_total", worker="d"))
+    assert seen == [5, 5]
 
 
 async def test_a_client_that_wants_openmetrics_gets_it() -> None:

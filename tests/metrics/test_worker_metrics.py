@@ -1,4 +1,4 @@
-"""Workers' series: what is shown of each, and that counts do not go down when a worker starts again."""
+"""Workers' series: what is shown of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 from prometheus_client.metrics_core import Metric
 
 from cluster.messages import WorkerStatus
-from cluster.metrics.worker_metrics import Lives, worker_families
+from cluster.metrics.worker_metrics import COUNTERS, worker_families
+from engine.stats import COUNTS
 
 DECODE = WorkerStatus(
     worker_id="d0",
@@ -41,47 +42,30 @@ def series(families: list[Metric]) -> dict[tuple[str, ...], float]:
     }
 
 
-def shown(lives: Lives, *workers: WorkerStatus) -> dict[tuple[str, ...], float]:
-    return series(list(worker_families("m", workers, lives.totals(workers))))
+def shown(*workers: WorkerStatus) -> dict[tuple[str, ...], float]:
+    return series(list(worker_families("m", workers)))
 
 
 def test_blocks_are_used_cached_or_free() -> None:
-    page = shown(Lives(), DECODE)
+    page = shown(DECODE)
     blocks = {state: page["worker_kv_blocks", "decode", "d0", state] for state in ("used", "cached", "free")}
     assert blocks == {"used": 16, "cached": 16, "free": 32}
     assert page["kv_cache_usage_perc", "decode", "d0"] == 0.25
 
 
 def test_a_pool_without_workers_is_shown_as_empty() -> None:
-    page = shown(Lives(), DECODE, replace(PREFILL, draining=True), replace(PREFILL, worker_id="p1", fresh=False))
+    page = shown(DECODE, replace(PREFILL, draining=True), replace(PREFILL, worker_id="p1", fresh=False))
     assert page["workers", "prefill"] == 0
     assert page["workers", "decode"] == 1
     assert (page["worker_draining", "prefill", "p0"], page["worker_fresh", "prefill", "p1"]) == (1, 0)
 
 
-def test_a_restarted_worker_goes_on_counting() -> None:
-    lives = Lives()
-    assert shown(lives, DECODE)["worker_steps_total", "decode", "d0"] == 100
-    assert shown(lives, replace(DECODE, steps=120))["worker_steps_total", "decode", "d0"] == 120
-    again = replace(DECODE, incarnation=2, steps=5, prefix_queries=0, prefix_hits=0)
-    page = shown(lives, again)
-    assert page["worker_steps_total", "decode", "d0"] == 125
-    assert page["prefix_cache_queries_total", "decode", "d0"] == 1000
-    # One that has done more by the next scrape than its predecessor had.
-    assert shown(lives, replace(again, incarnation=3, steps=500))["worker_steps_total", "decode", "d0"] == 625
+def test_counts_are_those_of_the_workers_process() -> None:
+    page = shown(DECODE, replace(PREFILL, kv_orphan_bytes=7))
+    assert page["worker_steps_total", "decode", "d0"] == 100
+    assert page["prefix_cache_hits_total", "decode", "d0"] == 250
+    assert page["kv_orphan_bytes_total", "prefill", "p0"] == 7
 
 
-def test_a_worker_of_an_earlier_release_counts_each_of_its_roles_anew() -> None:
-    lives = Lives()
-    shown(lives, DECODE)
-    page = shown(lives, replace(DECODE, role="prefill", steps=1, prefix_queries=0, prefix_hits=0))
-    assert page["worker_steps_total", "prefill", "d0"] == 101
-    assert ("worker_steps_total", "decode", "d0") not in page
-
-
-def test_a_worker_that_has_left_is_forgotten() -> None:
-    lives = Lives()
-    shown(lives, DECODE, PREFILL)
-    assert not [labels for labels in shown(lives, DECODE) if "p0" in labels]
-    # Somebody else, as far as anybody can know.
-    assert shown(lives, DECODE, replace(PREFILL, steps=7))["worker_steps_total", "prefill", "p0"] == 7
+def test_every_count_of_a_worker_is_shown() -> None:
+    assert COUNTERS.keys() == set(COUNTS)
