@@ -1,6 +1,7 @@
 """How requests end, told to all who learn from it.
 
 finished, or broke off by an error, or left by its client ─▶ outcomes, router, controller ─▶ observers
+refused unread, as too much waits already ─────────────────▶ outcomes ─────────────────────▶
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.gateway_seams import RoleController
+from cluster.intake import MAX_REQUEST_ID_CHARS
 from cluster.ledger import Ledger
-from cluster.messages import Usage
+from cluster.messages import GenerateRequest, Usage
 from cluster.outcomes import Outcome, Outcomes, Reason
 from cluster.run import Attempt, Run
 from engine.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, TandemError
+from engine.objectives import NO_OBJECTIVES
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
 from engine.trace_context import TraceContext
@@ -22,11 +25,12 @@ from engine.trace_context import TraceContext
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """One request that had come in good order, once it holds nothing any more. `request_id` is "" where it was never
-    given one. `arrived_s` is of the gateway's clock. `problem` says what it broke off with, "" where it did not.
-    `finish_reasons` has one for each choice. `receipt` None: no worker had it; only where its last worker has told
-    (`worker_told`) are the workers' parts of `receipt` and `usage` known. `admitted_s`: when it had a place, None where
-    it had none. `trace`: its span, None for none."""
+    """One request that had come in good order, once it holds nothing any more; or one that was refused unread, of which
+    no more is known than whose it was. `request_id` is "" where it was never given one. `arrived_s` is of the gateway's
+    clock. `problem` says what it broke off with, "" where it did not. `finish_reasons` has one for each choice.
+    `receipt` None: no worker had it; only where its last worker has told (`worker_told`) are the workers' parts of
+    `receipt` and `usage` known. `admitted_s`: when it had a place, None where it had none. `trace`: its span, None for
+    none."""
 
     request_id: str
     tenant: str
@@ -81,6 +85,15 @@ class Endings:
         # What is no error of ours is a bug, or somebody's leaving: their words are not for others.
         self._tell(run, _reason(error), str(error) if isinstance(error, TandemError) else type(error).__name__)
 
+    def refused(self, request: GenerateRequest, arrived_s: float, error: Overloaded) -> None:
+        """Call with what a request was turned away with before it was read. `arrived_s` is of the gateway's clock."""
+        # Nobody has looked at its fields.
+        request_id = request.request_id if len(request.request_id) <= MAX_REQUEST_ID_CHARS else ""
+        outcome = Outcome(asyncio.get_running_loop().time(), NO_OBJECTIVES, None, None, False, "rejected")
+        self._outcomes.add(outcome)
+        told = (request_id, request.tenant, arrived_s, outcome, str(error), Usage(0, 0, 0), (), None)
+        self._publish(Ended(*told, worker_told=False))
+
     def _tell(self, run: Run, reason: Reason, problem: str) -> None:
         answer, booking = run.answer, run.booking
         outcome = Outcome(
@@ -110,6 +123,9 @@ class Endings:
             trace=run.trace,
             worker_told=run.done is not None,
         )
+        self._publish(ended)
+
+    def _publish(self, ended: Ended) -> None:
         for observer in self._observers:
             observer.ended(ended)
 

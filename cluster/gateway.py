@@ -45,7 +45,7 @@ from cluster.text_queue import TextQueue
 from cluster.token_flow import TokenFlow
 from cluster.tracing.sampler import Sampler
 from decode_worker.stream import Delta, Done, Event, Failed, Submit
-from engine.errors import DeadlineExceeded, InvalidArgument, TandemError, Unavailable
+from engine.errors import DeadlineExceeded, InvalidArgument, Overloaded, TandemError, Unavailable
 from engine.tokenizer import Tokenizer
 
 # How long a client may wait for its usage and receipt once its answer is whole. A worker says it at once.
@@ -209,11 +209,15 @@ class Gateway:
 
     async def _start(self, request: GenerateRequest) -> Run:
         """Raises InvalidArgument or NotFound: what is no request in good order does not count as one. Overloaded where
-        too many long texts have come, or where it is over its tenant's quota, which is no miss of the cluster's, and no
-        demand that it could meet."""
+        too many long texts have come, which counts as a rejection, or where it is over its tenant's quota, which is no
+        miss of the cluster's, and no demand that it could meet."""
         now = asyncio.get_running_loop().time()
         intake = partial(prompt_token_ids, request, self.model, self.tokenizer, self._config.max_prompt_chars)
-        token_ids = await self.texts.run(intake_chars(request), intake)
+        try:
+            token_ids = await self.texts.run(intake_chars(request), intake)
+        except Overloaded as error:
+            self.endings.refused(request, now, error)
+            raise
         is_chat = is_conversation(request.prompt)
         # Its text has been of use, and may be long.
         room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)

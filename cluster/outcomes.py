@@ -1,7 +1,8 @@
 """How requests ended, and which share of them met their objectives lately.
 
-A request counts from the moment it came in good order. Rejected, failed and expired ones have met nothing; one that its
-client gave up, or that a worker found to be at fault itself, counts as nothing at all.
+A request counts from the moment it came in good order, or was turned away unread as too many long texts waited.
+Rejected, failed and expired ones have met nothing; one that its client gave up, or that was found to be at fault itself
+only then (by a worker, by the router, or as its id was taken already), counts as nothing at all.
 """
 
 from __future__ import annotations

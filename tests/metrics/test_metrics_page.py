@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,12 @@ import httpx
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
+from cluster.gateway_config import GatewayConfig
 from cluster.security.api_keys import new_key
 from cluster.security.auth_config import AuthConfig
 from cluster.security.clients import Clients
-from tests.cluster.serving import STATS, report
+from cluster.text_queue import SHORT_CHARS, WAITING_MAX
+from tests.cluster.serving import CONFIG, STATS, report
 from tests.http_api.web import web
 from tests.metrics.scrape import scrape
 
@@ -47,6 +51,31 @@ async def test_objectives_that_are_missed_are_no_goodput() -> None:
     assert sum(outcomes.values()) == 1
     assert page.value("requests_attained_total", objective="both") == 0
     assert page.value("attainment_ratio", objective="both") == 0
+
+
+async def test_who_is_turned_away_as_too_many_long_texts_wait_is_rejected() -> None:
+    config = GatewayConfig(**{**CONFIG.model_dump(), "max_prompt_chars": SHORT_CHARS + 100})
+    go_on = threading.Event()
+    async with web(config=config) as running, httpx.AsyncClient(base_url=running.url) as client:
+        texts = [
+            asyncio.create_task(running.gateway.texts.run(config.max_prompt_chars, go_on.wait))
+            for _ in range(WAITING_MAX)
+        ]
+        try:
+            body = {"model": "tiny", "prompt": "a" * config.max_prompt_chars}
+            refused = await client.post("/completions", json=body, headers={"x-request-id": "r"})
+        finally:
+            go_on.set()
+            await asyncio.gather(*texts)
+        page = await scrape(client, running.root)
+        overview = (await client.get(f"{running.root}/tandem/v1/overview")).json()
+        [row] = (await client.get(f"{running.root}/tandem/v1/requests")).json()["requests"]
+    assert refused.status_code == 429
+    assert page.value("requests_total", outcome="rejected") == 1
+    assert page.value("attainment_ratio", objective="both") == 0
+    assert page.value("requests_over_quota_total") == 0
+    assert overview["requests"]["rejected"] == 1
+    assert (row["id"], row["verdict"]) == ("r", "rejected")
 
 
 async def test_a_workers_counts_are_the_same_whichever_gateway_is_asked() -> None:
