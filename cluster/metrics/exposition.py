@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self, gateway: Gateway, controller: ControllerLoop | None = None) -> None:
         self._gateway = gateway
         self._controller = controller
-        self._requests = RequestMetrics()
+        self._requests = RequestMetrics(gateway.model.max_context)
         self._one_at_a_time = asyncio.Lock()
         self._process = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):

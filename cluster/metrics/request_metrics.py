@@ -14,7 +14,7 @@ from cluster.outcomes import NOT_COUNTED, Reason
 from cluster.tally import Tally
 from engine.request import FinishReason, Receipt
 
-# Upper ends of classes: vLLM's where it has the same metric.
+# Upper ends of classes: vLLM's where it has the same metric, and smaller ones for short times.
 LATENCY_BOUNDS_S = (
     *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
@@ -24,7 +24,6 @@ TPOT_BOUNDS_S = (
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 EXPOSED_BOUNDS_S = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-TOKEN_BOUNDS = tuple(float(1 << power) for power in range(20))
 ERROR_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 # No phase takes longer.
@@ -96,24 +95,25 @@ HISTOGRAMS = {
     PREFILL: LATENCY_BOUNDS_S,
     DECODE: LATENCY_BOUNDS_S,
     EXPOSED: EXPOSED_BOUNDS_S,
-    PROMPT_TOKENS: TOKEN_BOUNDS,
-    GENERATION_TOKENS: TOKEN_BOUNDS,
     TTFT_ERROR: ERROR_BOUNDS,
     TPOT_ERROR: ERROR_BOUNDS,
 }
+TOKEN_HISTOGRAMS = (PROMPT_TOKENS, GENERATION_TOKENS)
 
 
 class RequestMetrics:
-    """Implements cluster.endings.Observer. Every series is there from the start, at 0."""
+    """Implements cluster.endings.Observer. Every series is there from the start, at 0. `max_context`: the model's, in
+    tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_context: int) -> None:
         self._outcomes: Counts[str] = Counts(dict.fromkeys(get_args(Reason), 0))
         self._finished: Counts[str] = Counts({reason.value: 0 for reason in FinishReason})
         self._attained: Counts[str] = Counts(dict.fromkeys(OBJECTIVES, 0))
         self._routed: Counts[str] = Counts(dict.fromkeys(ROUTES, 0))
         self._phases_s = dict.fromkeys(PHASES, 0.0)
         self._retries = self._cached = self._kv_bytes = self._early_kv_bytes = 0
-        self._tallies = {declared: Tally(bounds) for declared, bounds in HISTOGRAMS.items()}
+        bounds = HISTOGRAMS | dict.fromkeys(TOKEN_HISTOGRAMS, _token_bounds(max_context))
+        self._tallies = {declared: Tally(each) for declared, each in bounds.items()}
 
     def ended(self, request: Ended) -> None:
         outcome, receipt = request.outcome, request.receipt
@@ -174,6 +174,12 @@ class RequestMetrics:
         self._cached += request.usage.cached_tokens
         self._kv_bytes += receipt.kv_bytes
         self._early_kv_bytes += receipt.kv_bytes_before_first_token
+
+
+def _token_bounds(max_context: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50 and so on, up to `max_context`."""
+    powers = (10.0**power for power in range(len(str(max_context))))
+    return tuple(bound for power in powers for bound in (power, 2 * power, 5 * power) if bound <= max_context)
 
 
 def _believable(seconds: float) -> float:

@@ -35,7 +35,7 @@ FINISHED = Ended("r", "acme", 10.0, OUTCOME, "", Usage(40, 11, 16), (FinishReaso
 
 
 def counted(*requests: Ended) -> dict[tuple[str, ...], float]:
-    metrics = RequestMetrics()
+    metrics = RequestMetrics(2048)
     for request in requests:
         metrics.ended(request)
     return series(list(metrics.families("m")))
@@ -76,6 +76,16 @@ def test_what_no_worker_told_is_no_zero() -> None:
     for name in ("queue", "prefill", "decode"):
         assert page[f"request_{name}_time_seconds_count",] == 1, name
     assert page["kv_exposed_seconds_count",] == 1
+
+
+def test_tokens_have_vllms_classes() -> None:
+    """What its build_1_2_5_buckets makes of the longest context: panels for the one show the other."""
+    page = counted(FINISHED)
+    for name in ("request_prompt_tokens", "request_generation_tokens"):
+        bounds = [float(labels[1]) for labels in page if labels[0] == f"{name}_bucket"]
+        assert bounds == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, math.inf]
+    assert page["request_prompt_tokens_bucket", "20.0"] == 0
+    assert page["request_prompt_tokens_bucket", "50.0"] == 1
 
 
 @pytest.mark.parametrize("reason", ["rejected", "failed", "expired"])
