@@ -18,9 +18,15 @@ PARENT_HEADER = "traceparent"
 STATE_HEADER = "tracestate"
 # Vendors' entries beyond what everybody must pass on are dropped, and the trace goes on without them.
 MAX_STATE_CHARS = 512
+MAX_STATE_MEMBERS = 32
 _SAMPLED = 0x01
 # What a later version appends comes after another dash. Version ff is none.
 _PARENT = re.compile(r"(?!ff)([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+# One vendor's entry: its name, perhaps with a tenant's before it, and any text without commas and equals signs.
+_NAME = r"[_0-9a-z\-*/]"
+_MEMBER = re.compile(
+    rf"(?:[a-z]{_NAME}{{0,255}}|[0-9a-z]{_NAME}{{0,240}}@[a-z]{_NAME}{{0,13}})=[ -+\--<>-~]{{0,255}}[!-+\--<>-~]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +68,8 @@ def read_trace(traceparent: str, tracestate: str = "") -> TraceContext | None:
     version, trace_id, span_id, flags, more = match.groups()
     if (version == "00" and more) or not int(trace_id, 16) or not int(span_id, 16):
         return None
-    is_plain = len(tracestate) <= MAX_STATE_CHARS and tracestate.isascii() and tracestate.isprintable()
     is_sampled = bool(int(flags, 16) & _SAMPLED)
-    return TraceContext(int(trace_id, 16), int(span_id, 16), is_sampled, tracestate if is_plain else "")
+    return TraceContext(int(trace_id, 16), int(span_id, 16), is_sampled, tracestate if _is_state(tracestate) else "")
 
 
 def trace_of(headers: Iterable[tuple[str, str | bytes]]) -> TraceContext | None:
@@ -78,3 +83,14 @@ def trace_of(headers: Iterable[tuple[str, str | bytes]]) -> TraceContext | None:
             states.append(value)
     # Two parents are none: nobody knows which of them is meant.
     return read_trace(parents[0].strip(), ",".join(states)) if len(parents) == 1 else None
+
+
+def _is_state(text: str) -> bool:
+    """Whether it is what W3C calls a list of members. Whoever reads another may complain of it in its log, once a span,
+    in the words of whoever sent it."""
+    if len(text) > MAX_STATE_CHARS:
+        return False
+    # Empty ones are allowed, and count for nothing.
+    members = [member for part in text.split(",") if (member := part.strip(" "))]
+    keys = {member.partition("=")[0] for member in members}
+    return len(keys) == len(members) <= MAX_STATE_MEMBERS and all(map(_MEMBER.fullmatch, members))

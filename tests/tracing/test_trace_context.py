@@ -1,8 +1,9 @@
 """Trace contexts as others send them, and those that are handed on."""
 
 import pytest
+from opentelemetry.trace import TraceState
 
-from engine.trace_context import MAX_STATE_CHARS, TraceContext, read_trace, trace_of
+from engine.trace_context import MAX_STATE_CHARS, MAX_STATE_MEMBERS, TraceContext, read_trace, trace_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -45,9 +46,36 @@ def test_a_later_version_may_say_more() -> None:
     assert read_trace(f"00-{TRACE}-{SPAN}-fe") == read_trace(f"00-{TRACE}-{SPAN}-00")
 
 
-@pytest.mark.parametrize("state", ["x" * (MAX_STATE_CHARS + 1), "a=\x00", "a=é"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        f"a={'x' * (MAX_STATE_CHARS - 1)}",
+        ",".join(f"k{number}=1" for number in range(MAX_STATE_MEMBERS + 1)),
+        *("a=\x00", "a=é", "a=\t1", "a=1\n"),
+        *("a", "a=", "=1", "a=1=2", "A=1", "a b=1", "@a=1", "a@=1", "1=1", "a=1,a=2"),
+        *(f"a={'x' * 257}", f"{'a' * 257}=1", f"a@{'b' * 15}=1"),
+        "any words, of any kind",
+    ],
+)
 def test_a_state_that_cannot_be_passed_on_is_dropped_and_the_trace_goes_on(state: str) -> None:
     assert read_trace(PARENT, state) == read_trace(PARENT)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("a=1", " a=1 , b=2", "a=1,,b=2", "a= !~", "1a@b=x", "vendor_0-*/=x y;z", f"a@{'b' * 14}=1"),
+        f"{'a' * 256}={'x' * 255}",
+        ",".join(f"k{number}=1" for number in range(MAX_STATE_MEMBERS)),
+    ],
+)
+def test_a_state_is_passed_on_as_it_is(state: str, caplog: pytest.LogCaptureFixture) -> None:
+    trace = read_trace(PARENT, state)
+    assert trace is not None
+    assert trace.state == state
+    # Who makes spans of it has nothing to complain of.
+    assert TraceState.from_header([state])
+    assert not caplog.records
 
 
 def test_headers_of_a_call() -> None:
