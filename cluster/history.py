@@ -15,7 +15,7 @@ from cluster.messages import ClusterStatus
 HISTORY_SECONDS = 900
 # Over which rates of KV are taken: long enough that a pair which is used now and then does not flicker.
 FLOW_SECONDS = 30
-# Of workers, in one second. Those beyond are summed up.
+# Of workers, in one second, and in what is told of them all. Those beyond are summed up.
 MAX_PAIRS = 256
 
 Pair = tuple[str, str]
@@ -108,13 +108,17 @@ class History:
         return [second for second in self._seconds if number < second.number < math.floor(now)]
 
     def flows(self, now: float) -> list[Flow]:
-        """Of the FLOW_SECONDS before the present one, largest first."""
+        """Of the FLOW_SECONDS before the present one: the MAX_PAIRS largest, in order, and then all others as one."""
         present = math.floor(now)
         totals: Counter[Pair] = Counter()
         for number, flows in self._flows:
             if present - FLOW_SECONDS <= number < present:
                 totals.update(flows)
-        return [Flow(*pair, count / FLOW_SECONDS) for pair, count in totals.most_common()]
+        others = totals.pop(OTHER_PAIRS, 0) + totals.total()
+        largest = totals.most_common(MAX_PAIRS)
+        others -= sum(count for _, count in largest)
+        told = [*largest, (OTHER_PAIRS, others)] if others else largest
+        return [Flow(*pair, count / FLOW_SECONDS) for pair, count in told]
 
     def _at(self, now: float) -> Second:
         number = math.floor(now)

@@ -91,7 +91,7 @@ def http_app(
             Route("/", Page().page, methods=["GET"]),
             Route("/tandem/v1/overview", behind_the_door(overview.cluster), methods=["GET"]),
             Route("/tandem/v1/requests", behind_the_door(overview.requests), methods=["GET"]),
-            Route("/tandem/v1/requests/{request_id:path}", behind_the_door(overview.request), methods=["GET"]),
+            Route("/tandem/v1/request", behind_the_door(overview.request), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/ready", ready, methods=["GET"]),
             Route("/openapi.json", openapi, methods=["GET"]),

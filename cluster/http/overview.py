@@ -86,12 +86,16 @@ class Overview:
         )
         to_unix_s = self._to_unix_s()
         rows = [recent_fields(recent, to_unix_s) for recent in found]
-        return json_response({"requests": rows}, headers=HEADERS)
+        # Their numbers are those of one process.
+        return json_response({"began_unix_s": self._began_unix_s, "requests": rows}, headers=HEADERS)
 
     async def request(self, request: Request, caller: Caller) -> Response:
-        """All that is known of requests with this id, newest first: another one may have had it before. Who asks for
+        """All that is known of requests with this `id`, newest first: another one may have had it before. Who asks for
         another's request is told what everybody is told who asks for one that never was."""
-        request_id = request.path_params["request_id"]
+        # No part of the path: an id may be `..`, or have slashes, which browsers and proxies take for steps.
+        request_id = request.query_params.get("id", "")
+        if not request_id:
+            raise InvalidArgument("id", request_id, "a request's id")
         found = self._recorder.recent.with_id(request_id, tenant=_tenant(caller))
         to_unix_s = self._to_unix_s()
         requests = [request_fields(recent, to_unix_s) for recent in found]

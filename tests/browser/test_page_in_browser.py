@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cluster.gateway_config import GatewayConfig
-from cluster.history import History
+from cluster.history import MAX_PAIRS, History
 from cluster.security.api_keys import new_key
 from cluster.security.auth_config import AuthConfig
 from cluster.security.clients import Clients
@@ -23,7 +23,7 @@ from engine.request import Receipt
 from tests.browser.chromium import PHONE, WIDE, accessible, chromium, narrow_enough, opened, require_chromium, shot
 from tests.cluster.ended import ended
 from tests.cluster.serving import CONFIG, STATS, report
-from tests.http_api.web import Web, eventually, web
+from tests.http_api.web import WALL_S, Web, eventually, web
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
@@ -300,6 +300,57 @@ async def test_a_gateway_that_is_lost_and_comes_back(browser: Browser) -> None:
         await page.context.set_offline(False)
         await page.get_by_text("● ready").wait_for()
         assert not await page.locator("#notice").is_visible()
+
+
+async def test_a_gateway_that_starts_again_has_requests_of_its_own(browser: Browser) -> None:
+    gone = ("net::ERR_",)
+    async with web() as running, AsyncExitStack() as stack:
+        for number in range(3):
+            running.recorder.ended(ended(f"old-{number}"))
+        page = await stack.enter_async_context(opened(browser, running.root + "/", allowed=gone))
+        await page.locator("#recent-rows .id").nth(2).wait_for()
+        port, kept = running.server.port, stack.pop_all()
+    async with kept, web(port=port, wall_s=WALL_S + 60) as running:
+        for number in range(3):
+            running.recorder.ended(ended(f"new-{number}"))
+        await page.get_by_text("new-0").wait_for()
+        assert await page.locator("#recent-rows .id").all_inner_texts() == ["new-2", "new-1", "new-0"]
+
+
+async def test_a_question_for_one_request_that_fails_is_told_where_it_was_asked(browser: Browser) -> None:
+    asked = "**/tandem/v1/request?*"
+    async with web() as running, opened(browser, running.root + "/", allowed=(STATUS,)) as page:
+        await page.route(asked, lambda route: route.fulfill(status=500, json={"error": {"message": "a bug"}}))
+        running.recorder.ended(ended("r"))
+        await page.locator("#recent-rows a").click()
+        await page.locator("#inspector").get_by_text("a bug").wait_for()
+        running.recorder.ended(ended("s"))
+        await page.locator("#recent-rows .id").nth(1).wait_for()
+        assert await page.locator("#state").inner_text() == "● ready"
+        await page.unroute(asked)
+        await page.get_by_text("Where the time went").wait_for()
+
+
+@pytest.mark.parametrize("request_id", ["..", ".", "a/../b", "a+b %2F?&#"])
+async def test_a_request_with_any_id_is_opened(browser: Browser, request_id: str) -> None:
+    async with web() as running, opened(browser, running.root + "/") as page:
+        running.recorder.ended(ended(request_id))
+        await page.locator("#recent-rows a").click()
+        await page.get_by_text("Where the time went").wait_for()
+        assert await page.locator("#inspector-title").inner_text() == request_id
+
+
+async def test_of_more_pairs_than_are_told_apart_the_others_are_a_sum(browser: Browser) -> None:
+    async with web() as running, opened(browser, running.root + "/") as page:
+        now = asyncio.get_running_loop().time()
+        for number in range(2 * MAX_PAIRS):
+            pair = {"prefill_worker": f"p{number}", "decode_worker": "d", "kv_bytes": 30 * (1000 + number)}
+            running.recorder.ended(ended(at_s=now, receipt=replace(RECEIPT, **pair)))
+        others = sum(range(1000 + MAX_PAIRS, 1000 + 2 * MAX_PAIRS)) / 1e3
+        await page.get_by_text("Drawn are the 40 largest").wait_for()
+        rows = page.locator("#flows-rows tr")
+        await page.wait_for_function(f"document.querySelectorAll('#flows-rows tr').length === {MAX_PAIRS + 1}")
+        assert await rows.last.locator("td").all_text_contents() == ["all others", "", f"{others:.0f} kB/s"]
 
 
 async def test_who_calls(browser: Browser, tmp_path: Path) -> None:

@@ -95,7 +95,16 @@ def test_pairs_beyond_the_limit_are_summed_up() -> None:
         history.ended(between((f"p{number}", "d"), 30 * FLOW_SECONDS, 10.0))
     flows = history.flows(11.0)
     assert len(flows) == MAX_PAIRS + 1
-    assert flows[0] == Flow("", "", 30 * 50)
+    assert flows[-1] == Flow("", "", 30 * 50)
+
+
+def test_pairs_of_many_seconds_are_summed_up_beyond_the_same_limit() -> None:
+    history = History()
+    for number in range(4 * MAX_PAIRS):
+        history.ended(between((f"p{number}", "d"), (number + 1) * FLOW_SECONDS, 10.0 + number * 8 / (4 * MAX_PAIRS)))
+    flows = history.flows(18.0)
+    assert [flow.bytes_per_s for flow in flows[:-1]] == list(range(4 * MAX_PAIRS, 3 * MAX_PAIRS, -1))
+    assert flows[-1] == Flow("", "", sum(range(3 * MAX_PAIRS + 1)))
 
 
 def test_after_a_long_silence_only_what_is_kept_is_filled_up() -> None:

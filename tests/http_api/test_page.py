@@ -24,7 +24,7 @@ from tests.cluster.serving import CONFIG, STATS, report
 from tests.http_api.web import TOKENIZER, WALL_S, Web, web
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Count!"}]}
-OVERVIEW, REQUESTS = "/tandem/v1/overview", "/tandem/v1/requests"
+OVERVIEW, REQUESTS, REQUEST = "/tandem/v1/overview", "/tandem/v1/requests", "/tandem/v1/request"
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -144,8 +144,10 @@ async def test_a_request_with_all_that_is_known_of_it() -> None:
     config = GatewayConfig(**{**CONFIG.model_dump(), "router": {"policy": "least_loaded"}})
     async with web(config=config) as running, httpx.AsyncClient(base_url=running.root) as client:
         await ask(client, running, "r", **{"x-slo-ttft-ms": "60000", "x-slo-tpot-ms": "0.001"})
-        row = (await client.get(REQUESTS)).json()["requests"][0]
-        [request] = (await client.get(f"{REQUESTS}/r")).json()["requests"]
+        answer = (await client.get(REQUESTS)).json()
+        [request] = (await client.get(f"{REQUEST}?id=r")).json()["requests"]
+    row = answer["requests"][0]
+    assert answer["began_unix_s"] == WALL_S
     # The clock on the wall stands still in these tests, the gateway's does not.
     assert WALL_S - 60 < request["ended_unix_s"] < row.pop("ended_unix_s") <= WALL_S
     assert row == {name: request[name] for name in row}
@@ -166,7 +168,7 @@ async def test_a_request_with_all_that_is_known_of_it() -> None:
 async def test_a_request_that_no_worker_had() -> None:
     async with web(workers=("p",)) as running, httpx.AsyncClient(base_url=running.root) as client:
         running.recorder.ended(ended("r", reason="rejected", ttft_s=None, tpot_s=None, receipt=None, problem="no room"))
-        [request] = (await client.get(f"{REQUESTS}/r")).json()["requests"]
+        [request] = (await client.get(f"{REQUEST}?id=r")).json()["requests"]
     assert (request["verdict"], request["problem"]) == ("rejected", "no room")
     assert (request["receipt"], request["ttft_s"]) == (None, None)
 
@@ -188,15 +190,14 @@ async def test_requests_are_asked_for_by_id_and_verdict() -> None:
         assert await found(limit=2, verdict="failed") == ["r1998", "r1995"]
         assert await found(id="155", verdict="met") == [f"r155{digit}" for digit in (9, 8, 6, 5, 3, 2, 0)]
         assert await found(id="r999") == [], "forgotten"
-        assert (await client.get(f"{REQUESTS}/r999")).json() == {"requests": []}
+        assert (await client.get(f"{REQUEST}?id=r999")).json() == {"requests": []}
 
 
-@pytest.mark.parametrize("request_id", [HOSTILE, "a/b", "ä é", "a?b#c%2F", "\"'&;", "../../health"])
+@pytest.mark.parametrize("request_id", [HOSTILE, "a/b", "ä é", "a?b#c%2F", "\"'&;", "../../health", "..", "."])
 async def test_ids_of_any_characters(request_id: str) -> None:
     async with web() as running, httpx.AsyncClient(base_url=running.root) as client:
         running.recorder.ended(ended(request_id, problem=HOSTILE))
-        path = "".join(f"%{byte:02X}" for byte in request_id.encode())
-        answer = await client.get(f"{REQUESTS}/{path}")
+        answer = await client.get(REQUEST, params={"id": request_id})
     assert answer.headers["content-type"] == "application/json"
     assert [request["id"] for request in answer.json()["requests"]] == [request_id]
 
@@ -210,6 +211,7 @@ async def test_ids_of_any_characters(request_id: str) -> None:
         (OVERVIEW, {"since": "²"}, "since: got '²'"),
         (REQUESTS, {"limit": "0"}, "limit: got '0', expected a whole number in [1, 200]"),
         (REQUESTS, {"limit": "201"}, "limit: got '201'"),
+        (REQUEST, {}, "id: got '', expected a request's id"),
         (REQUESTS, {"verdict": "good"}, "verdict: got 'good', expected one of met, missed"),
     ],
 )
@@ -230,7 +232,7 @@ def people(folder: Path) -> tuple[Clients, dict[str, str], dict[str, str]]:
     return clients, {"authorization": f"Bearer {operator}"}, {"authorization": f"Bearer {acme}"}
 
 
-@pytest.mark.parametrize("path", [OVERVIEW, REQUESTS, f"{REQUESTS}/r"])
+@pytest.mark.parametrize("path", [OVERVIEW, REQUESTS, f"{REQUEST}?id=r"])
 async def test_nobody_sees_anything_without_a_key(tmp_path: Path, path: str) -> None:
     clients, _, _ = people(tmp_path)
     async with web(clients=clients) as running, httpx.AsyncClient(base_url=running.root) as client:
@@ -253,15 +255,15 @@ async def test_operators_see_all_and_tenants_what_is_their_own(tmp_path: Path) -
 
         assert (await client.get(OVERVIEW, headers=operator)).status_code == 200
         assert await seen(REQUESTS, operator) == [("r", "umbrella"), ("r", "acme"), ("b", "umbrella"), ("a", "acme")]
-        assert await seen(f"{REQUESTS}/r", operator) == [("r", "umbrella"), ("r", "acme")]
+        assert await seen(f"{REQUEST}?id=r", operator) == [("r", "umbrella"), ("r", "acme")]
 
         refused = await client.get(OVERVIEW, headers=acme)
         assert refused.status_code == 403
         assert "gateway.auth.operators" in refused.json()["error"]["message"]
         assert await seen(REQUESTS, acme) == [("r", "acme"), ("a", "acme")]
-        assert await seen(f"{REQUESTS}/r", acme) == [("r", "acme")]
+        assert await seen(f"{REQUEST}?id=r", acme) == [("r", "acme")]
         # As if it had never been.
-        others, nobodys = [await client.get(f"{REQUESTS}/{name}", headers=acme) for name in ("b", "nobody")]
+        others, nobodys = [await client.get(f"{REQUEST}?id={name}", headers=acme) for name in ("b", "nobody")]
         assert (
             (others.status_code, others.content) == (nobodys.status_code, nobodys.content) == (200, b'{"requests":[]}')
         )
@@ -271,5 +273,5 @@ async def test_the_tenant_is_the_one_whose_key_asked(tmp_path: Path) -> None:
     clients, operator, acme = people(tmp_path)
     async with web(clients=clients) as running, httpx.AsyncClient(base_url=running.root) as client:
         await ask(client, running, "r", **acme)
-        [request] = (await client.get(f"{REQUESTS}/r", headers=operator)).json()["requests"]
+        [request] = (await client.get(f"{REQUEST}?id=r", headers=operator)).json()["requests"]
     assert request["tenant"] == "acme"

@@ -68,8 +68,10 @@ async def web(
     workers: tuple[str, ...] = ("p", "d"),
     slow_reader_s: float = 30.0,
     tls: Tls | None = None,
+    port: int = 0,
+    wall_s: float = WALL_S,
 ) -> AsyncIterator[Web]:
-    """On leaving, nothing may be held anywhere."""
+    """On leaving, nothing may be held anywhere. `wall_s`: the time on the wall, which stands still."""
     fake = FakeDecode([*TOKENIZER.encode(answer), EOS], eos=EOS)
     links = DecodeLinks(fake)
     registry = Registry(config.fresh_s, config.expire_s)
@@ -86,9 +88,9 @@ async def web(
             max_prompt_chars=config.max_prompt_chars,
             max_body_bytes=MAX_BODY_BYTES,
             is_ready=lambda: bool(workers),
-            wall_clock=lambda: WALL_S,
+            wall_clock=lambda: wall_s,
         )
-        server = await start_http("127.0.0.1:0", app, slow_reader_s=slow_reader_s, tls=tls)
+        server = await start_http(f"127.0.0.1:{port}", app, slow_reader_s=slow_reader_s, tls=tls)
         running = Web(gateway, fake, server, recorder)
         try:
             yield running

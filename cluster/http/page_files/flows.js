@@ -11,8 +11,8 @@ const LABEL_HEIGHT = 14;
 const MAX_ARROW_WIDTH = 12;
 
 function showFlows(workers, flows) {
-  const named = flows.filter((flow) => flow.from);
-  const arrows = named.slice(0, MAX_ARROWS);
+  // The last of many is the sum of all others, which has no names.
+  const arrows = flows.filter((flow) => flow.from).slice(0, MAX_ARROWS);
   const sources = nodesOf(workers, "prefill", arrows, "from", "to");
   const targets = nodesOf(workers, "decode", arrows, "to", "from");
   const figure = byId("flows");
@@ -22,13 +22,19 @@ function showFlows(workers, flows) {
     flows.length > arrows.length ? `Drawn are the ${MAX_ARROWS} largest; the others are ${bytesPerS(rest)}. ` : "";
   const none = "No KV has moved: prompts were computed where they are decoded, or none came.";
   setText(byId("flows-note"), flows.length ? more : none);
-  setHidden(byId("flows-details"), !named.length);
+  setHidden(byId("flows-details"), !flows.length);
   keyed(
     byId("flows-rows"),
-    named,
+    flows,
     (flow) => `${flow.from}\n${flow.to}`,
     (flow) =>
-      element("tr", {}, element("td", {}, flow.from), element("td", {}, flow.to), element("td", { class: "number" })),
+      element(
+        "tr",
+        {},
+        element("td", {}, flow.from || "all others"),
+        element("td", {}, flow.to),
+        element("td", { class: "number" }),
+      ),
     (row, flow) => setText(row.lastChild, bytesPerS(flow.bytes_per_s)),
   );
   figure.replaceChildren(

@@ -70,13 +70,19 @@ async function readCluster() {
 
 async function readRequests() {
   const query = new URLSearchParams({ id: byId("filter").value, verdict: byId("verdict").value });
-  return (await ask(`tandem/v1/requests?${query}`)).requests;
+  return ask(`tandem/v1/requests?${query}`);
 }
 
+/** What goes wrong is told where the answer would be: it is nothing that the rest of the page needs. */
 async function readInspected() {
   const asked = inspected;
   if (!asked || asked.found?.length) return;
-  asked.found = (await ask(`tandem/v1/requests/${encodeURIComponent(asked.id)}`)).requests;
+  try {
+    asked.found = (await ask(`tandem/v1/request?${new URLSearchParams({ id: asked.id })}`)).requests;
+  } catch (error) {
+    if (asked === inspected) setText(byId("inspector-body"), reasonOf(error));
+    return;
+  }
   if (asked === inspected) showInspector(asked.id, asked.found, asked.number);
 }
 
@@ -85,12 +91,12 @@ async function poll() {
   const own = (round += 1);
   let wait_ms = POLL_MS;
   try {
-    const [, rows] = await Promise.all([readCluster(), readRequests(), readInspected()]);
+    const [, ended] = await Promise.all([readCluster(), readRequests(), readInspected()]);
     // Another one has begun since, and knows better what is asked for.
     if (own !== round) return;
     lostSince = null;
     failures = 0;
-    show(rows);
+    show(ended);
   } catch (error) {
     if (own !== round) return;
     if (error.status === 401) return lock(error.message);
@@ -127,14 +133,14 @@ function setNotice(text) {
   setText(byId("notice"), text);
 }
 
-function show(rows) {
+function show(ended) {
   document.body.dataset.view = overview ? "live" : "tenant";
   setHidden(byId("key-form"), true);
   setHidden(byId("forget"), sessionStorage.getItem(KEY) === null);
   setNotice(
     overview ? "" : "The cluster is shown to operators (gateway.auth.operators). These are your tenant's requests.",
   );
-  showRequests(rows);
+  showRequests(ended);
   if (inspected) openInspector();
   if (isPaused) setState("paused", "❚❚", `paused at ${clock(Date.now() / 1e3)}`);
   else setState(...(overview ? [overview.state, ...CLUSTER_STATES[overview.state]] : ["ready", "●", "connected"]));
@@ -150,12 +156,13 @@ function show(rows) {
   showCharts();
 }
 
+const reasonOf = (error) => (error instanceof Refused ? error.message : "the gateway cannot be reached");
+
 function showLost(error) {
   const since = clock(lostSince);
   if (document.body.dataset.view === "loading") document.body.dataset.view = "lost";
   setState("lost", "✕", `no connection since ${since}`);
-  const reason = error instanceof Refused ? error.message : "the gateway cannot be reached";
-  setNotice(`Since ${since}: ${reason}. What is shown is as it was then; it is tried again by itself.`);
+  setNotice(`Since ${since}: ${reasonOf(error)}. What is shown is as it was then; it is tried again by itself.`);
 }
 
 function lock(problem) {
@@ -218,7 +225,7 @@ function openFromHash() {
   showInspector(inspected.id, null, inspected.number);
   openInspector();
   // While the page is paused too: who asks is told.
-  return readInspected().catch((error) => setText(byId("inspector-body"), error.message));
+  return readInspected();
 }
 
 function openInspector() {

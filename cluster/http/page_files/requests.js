@@ -2,7 +2,8 @@
 
 const linkTo = (row) => `#request=${encodeURIComponent(row.id)}&number=${row.number}`;
 
-function showRequests(rows) {
+/** `began_unix_s` names the gateway's process: another one numbers its requests from 1 again. */
+function showRequests({ began_unix_s, requests: rows }) {
   const isFiltered = byId("filter").value !== "" || byId("verdict").value !== "";
   setHidden(byId("no-requests"), rows.length > 0);
   setText(byId("no-requests"), isFiltered ? "None of those that are kept is like this." : "Nothing has ended yet.");
@@ -10,7 +11,7 @@ function showRequests(rows) {
   keyed(
     byId("recent-rows"),
     rows,
-    (row) => row.number,
+    (row) => `${began_unix_s}/${row.number}`,
     makeRequest,
     () => {},
   );
