@@ -52,6 +52,16 @@ def test_the_secrets_that_are_made_are_those_that_are_read() -> None:
     assert asked - issued == made
 
 
+def test_secrets_that_others_read_end_in_no_newline() -> None:
+    """As a file of a shell's does: Prometheus and Ray would send it along, in a header that cannot be."""
+    manifests = "\n".join(path.read_text() for path in KUBERNETES.rglob("*.yaml"))
+    for text in (PAGE, manifests):
+        made = dict(re.findall(r"create secret generic (\S+) (.*)", text))
+        assert made.keys() == {"tandem-auth", "tandem-metrics-key", "tandem-ray-token"}
+        for name in made.keys() - {"tandem-auth"}:
+            assert re.fullmatch(r'--from-literal=\w+="\$\(.*\)"', made[name]), name
+
+
 @pytest.mark.skipif(not SCHEMAS.is_dir(), reason=f"there are no schemas in {SCHEMAS}")
 def test_the_alerts_become_an_object_as_it_says() -> None:
     (command,) = re.findall(r"^(\(printf .*\)) \| kubectl apply -f -$", PAGE, re.MULTILINE)
