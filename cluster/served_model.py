@@ -15,6 +15,8 @@ def served_name(model: str, files: ModelFiles) -> str:
     """The name by which clients, gateway and workers call the model: the same wherever its files lie."""
     if model == DEFAULT_MODEL:
         return model
+    if files.hub_id:
+        return files.hub_id
     return files.path.stem if files.kind == "gguf" else files.path.resolve().name
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
@@ -44,10 +44,12 @@ DOWNLOAD_LIMIT_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk. `path` is the file itself for "gguf", the folder for "hf"."""
+    """A model on disk. `path` is the file itself for "gguf", the folder for "hf"; `hub_id` what a folder of the hub's
+    cache, which is named after a commit, was asked for by."""
 
     kind: Literal["gguf", "hf"]
     path: Path
+    hub_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def resolve(model: str, report: Report = silent, cache: Path | None = None) -> M
     except OSError as error:
         raise ModelFileError(model, f"cannot be looked at: {error.strerror}") from error
     if HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
-        return _check_folder(_fetch_from_hub(model, report))
+        return replace(_check_folder(_fetch_from_hub(model, report)), hub_id=model)
     raise NotFound("model", model, KNOWN_MODELS)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -168,3 +170,19 @@ def test_hub_id_without_a_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelFileError, match="needs the huggingface_hub package"):
         resolve("nobody/nothing")
+
+
+def test_a_hub_id_leads_to_the_hubs_cache(tmp_path: Path) -> None:
+    """By the hub's own package, which reads where its cache is when it is imported; offline."""
+    commit = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
+    repository = tmp_path / "models--some--model"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    program = "from engine.model_source import resolve; print(resolve('some/model'))"
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(ModelFiles("hf", snapshot, "some/model")), done.stderr
