@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.config import TandemConfig
+from cluster.worker_config import most_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,3 +44,15 @@ def test_the_service_takes_it(page: str, piece: str) -> None:
     except ValidationError as error:
         problems = [problem["msg"] for problem in error.errors()]
         assert all(any(known in problem for known in INCOMPLETE) for problem in problems), f"{page}: {problems}"
+
+
+def test_what_stands_for_a_command_of_vllms_takes_as_many_gpus() -> None:
+    text = (ROOT / "docs" / "from-vllm.md").read_text(encoding="utf-8")
+    (gpus,) = re.findall(r"^vllm serve .*--tensor-parallel-size (\d+)", text, re.MULTILINE)
+    (piece,) = [piece for page, piece in pieces() if page == "docs/from-vllm.md"]
+    config = TandemConfig.model_validate(yaml.safe_load(piece))
+    assert most_ranks(config) == int(gpus)
+    assert config.cluster.grpc_host == "0.0.0.0", "vLLM listens there"
+    (flags,) = re.findall(r"^\| `--data-parallel-size N` \| `([^`]*)`", text, re.MULTILINE)
+    counts = {flag: 7 if count == "N" else int(count) for flag, count in re.findall(r"--(\w+) (\w+)", flags)}
+    assert most_ranks(TandemConfig.model_validate({"cluster": counts})) == 7
