@@ -128,7 +128,7 @@ class RayFleet:
     async def close(self) -> None:
         watchers = [hand.watcher for hand in self._hands.values() if hand.watcher is not None]
         try:
-            for hand in self._hands.values():
+            for hand in list(self._hands.values()):
                 hand.is_ending = True
                 await self._ray.call(hand.leader.stop.remote)
             if watchers:
@@ -248,16 +248,15 @@ class RayFleet:
                 return
             self._log(f"worker {worker_id} {what}; {restarts.then(may_start)}")
             if not may_start:
-                await self._ray.call(self._kill, hand)
                 await self._fail(hand, Unavailable(f"worker {worker_id} died too often: it {what}"))
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
 
     async def _fail(self, hand: _Hand, error: TandemError) -> None:
-        if not hand.is_extra:
+        if hand.is_extra:
+            self._log(f"{error}; going on without it")
+        else:
             self._failure = error
-            return
-        self._log(f"{error}; going on without it")
         # Its place is for the next, unless somebody removes it at this moment.
         if self._hands.pop(hand.worker_id, None) is not None:
             await self._ray.call(self._kill, hand)

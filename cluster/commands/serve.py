@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
@@ -19,11 +20,14 @@ from cluster.service import Service, running_service
 from engine.errors import TandemError
 
 DEFAULT_URL = "127.0.0.1:50051"
+# How soon a worker that was given up ends the service.
+CHECK_S = 0.5
 
 
 async def serve(config: TandemConfig) -> None:
-    """Never returns; cancelling it ends the service in good order, and so does the end of its terminal. Any other
-    SIGHUP restarts the workers, one at a time."""
+    """Returns when its terminal is gone; cancelling it ends the service in good order, too. Any other SIGHUP restarts
+    the workers, one at a time. Raises the TandemError of what cannot be started, or of a worker that was given up, once
+    running requests are done: who supervises the service starts all of it again."""
     # On stdout, so that stderr holds nothing but what went wrong.
     progress = Progress(Console(highlight=False))
     has_terminal = sys.stdin.isatty()
@@ -48,15 +52,28 @@ async def serve(config: TandemConfig) -> None:
         print(f"try:  {command}", flush=True)
         try:
             while True:
-                await hung_up.wait()
+                await _until(hung_up, service)
                 # The kernel sends the same signal when a terminal goes away: then nobody is there to end the service.
                 if has_terminal and not sys.stdin.isatty():
                     _say_no_more()
                     return
-                hung_up.clear()
                 await _restart(service, config, progress)
+        except TandemError as error:
+            # Before it drains, not only when all is over.
+            progress.line(str(error))
+            raise
         finally:
             progress.line("shutting down")
+
+
+async def _until(hung_up: asyncio.Event, service: Service) -> None:
+    """Until the signal. Raises the TandemError of a worker that was given up meanwhile."""
+    while not hung_up.is_set():
+        service.fleet.check()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHECK_S):
+                await hung_up.wait()
+    hung_up.clear()
 
 
 def _say_no_more() -> None:
@@ -69,6 +86,8 @@ async def _restart(service: Service, config: TandemConfig, progress: Progress) -
     try:
         await restart_workers(service.fleet, service.gateway, config.cluster.start_timeout_s, progress.line)
     except TandemError as error:
+        # What ends the service is told there.
+        service.fleet.check()
         progress.line(str(error))
 
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.e2e.service import TANDEM, Served, error_of, eventually, is_alive, kill, serving, tandem
+from tests.e2e.service import CONFIG, TANDEM, Served, error_of, eventually, is_alive, kill, serving, tandem
 from tests.golden.default_model import require_default_model
 from tests.metrics.scrape import read
 
@@ -284,3 +284,24 @@ def test_workers_do_not_outlive_a_service_that_is_killed(tmp_path):
         served.process.wait()
         for pid in processes:
             eventually(lambda pid=pid: not is_alive(pid), 15)
+
+
+def test_a_worker_that_is_given_up_ends_the_service(tmp_path):
+    """In good order: what ran there is recomputed on the other worker, and done before the service ends."""
+    require_default_model()
+    config = CONFIG.replace("drain_s: 2", "drain_s: 30, max_restarts: 0, colocated: 2")
+    with serving(tmp_path, "--address", "none", "--prefill", "0", "--decode", "0", config=config) as served:
+        asked = ("generate", "Once upon a time", "--url", served.address, "--max-tokens", "300", "--temperature", "0")
+        command = [*TANDEM, *asked, "--json"]
+        client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        eventually(lambda: any(worker["running"] for worker in served.workers().values()), 20)
+        (busy,) = [name for name, worker in served.workers().items() if worker["running"]]
+        kill([pid for pid, command in served.descendants().items() if f"--id {busy}" in command])
+        stdout, stderr = client.communicate(timeout=60)
+        assert client.returncode == 0, stderr
+        assert json.loads(stdout)["receipt"]["decode_worker"] not in ("", busy)
+        assert served.process.wait(60) == 2
+        *_, reason, end, error = served.log.read_text().splitlines()
+        assert end.endswith("shutting down")
+        assert f"worker {busy} died too often" in reason
+        assert error.startswith(f"tandem: error: worker {busy} died too often")
