@@ -62,8 +62,8 @@ class ClusterConfig(BaseModel):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="GPUs of a worker's Ray bundle. null: one each where the cluster has that many, else an equal "
-        "share of those there are.",
+        description="GPUs of a worker's Ray bundle. null: one each where the cluster has that many, else a half, a "
+        "third, and so on: as many as have to share one.",
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray's strategy for the workers' bundles."

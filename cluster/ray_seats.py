@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,8 @@ class RaySeats:
         there = _resources().get("GPU", 0.0)
         gpus = cluster.gpus_per_worker
         if gpus is None:
-            gpus = 0.0 if self._config.engine.device == "cpu" else min(1.0, there / count)
+            # A bundle lies within one GPU: 2 GPUs take three halves, but not three times two thirds.
+            gpus = 0.0 if self._config.engine.device == "cpu" or not there else 1.0 / math.ceil(count / there)
         bundle = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
         return {name: amount for name, amount in bundle.items() if amount > 0}
 

@@ -18,7 +18,7 @@ PREFILL, DECODE = {"pool": "prefill"}, {"pool": "decode"}
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A cluster of two nodes with two CPUs each, that this process has joined."""
+    """A cluster of two nodes with two CPUs and what Ray takes for a GPU each, that this process has joined."""
     prepare_ray(is_local=True)
     import ray
     from ray.cluster_utils import Cluster
@@ -26,7 +26,7 @@ def address() -> Iterator[str]:
     there = Cluster()
     try:
         for labels in (DECODE, PREFILL):
-            there.add_node(num_cpus=2, labels=labels, object_store_memory=80 << 20, include_dashboard=False)
+            there.add_node(num_cpus=2, num_gpus=1, labels=labels, object_store_memory=80 << 20, include_dashboard=False)
         ray.init(there.address, log_to_driver=False)
         yield there.address
     finally:
@@ -57,6 +57,21 @@ async def test_each_role_on_its_nodes(address: str):
             [True, False],
             [False, True],
         ]
+    finally:
+        await thread.call(seats.give_back)
+        thread.close()
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 1.0), (2, 1.0), (3, 1 / 2), (5, 1 / 3)])
+async def test_workers_that_share_gpus_can_be_placed(address: str, count: int, share: float):
+    from cluster.ray_seats import RaySeats
+
+    thread = RayThread()
+    nodes = {"prefill_nodes": {}, "decode_nodes": {}}
+    seats = RaySeats(config_of(address, **nodes, cpus_per_worker=0.5, start_timeout_s=10), thread)
+    try:
+        taken = await seats.take(["decode"] * count)
+        assert {seat.bundle["GPU"] for seat in taken} == {share}
     finally:
         await thread.call(seats.give_back)
         thread.close()

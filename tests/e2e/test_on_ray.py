@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
 CASES = [
-    pytest.param("ray_seats_cases.py", 4, id="workers on the nodes that are meant for them"),
+    pytest.param("ray_seats_cases.py", 8, id="workers on the nodes that are meant for them"),
     pytest.param("ray_service_cases.py", 2, id="the application of a RayService"),
     pytest.param("ray_fleet_cases.py", 2, id="actors come and leave", marks=pytest.mark.nightly),
 ]
