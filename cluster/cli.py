@@ -29,7 +29,7 @@ from cluster.commands.cli_planning import emulate_command, plan_command
 from cluster.commands.cli_top import top_command
 from cluster.commands.running import Stopped, run
 from cluster.environment import quiet_libraries, read_environment
-from cluster.host_port import require_host_port
+from cluster.host_port import require_host_port, require_reachable
 from cluster.logs.lines import TEXT, set_up_logs
 from engine.errors import ConfigError, TandemError
 
@@ -227,6 +227,9 @@ def worker(
         raise ConfigError("--id: got '', expected a name of at least one character")
     loaded = load(config, {"--model": model})
     require_host_port("--gateway", gateway)
+    if not lifeline:
+        # With one it was started by a service on this machine.
+        require_reachable("--host", host, gateway)
     spec = WorkerSpec(role.value, worker_id or f"{role.value}-{os.getpid()}", gateway, host, port)
 
     from cluster.commands.worker import work

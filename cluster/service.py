@@ -12,6 +12,7 @@ from cluster.environment import prepare_ray
 from cluster.fleet import Fleet, Log
 from cluster.gateway import Gateway
 from cluster.gateway_process import running_gateway
+from cluster.host_port import EVERYWHERE
 from cluster.processes import ProcessFleet
 from cluster.progress import Progress
 from cluster.worker_spec import worker_names
@@ -19,7 +20,6 @@ from engine.errors import Unavailable
 from engine.model_source import resolve
 
 HEARTBEAT_POLL_S = 0.05
-EVERYWHERE = ("0.0.0.0", "[::]", "::")
 
 
 @dataclass(frozen=True, slots=True)

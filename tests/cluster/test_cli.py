@@ -81,11 +81,32 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["worker", "decode", "--gateway", "h"], "--gateway: got 'h', expected HOST:PORT"),
         (["worker", "decode", "--gateway", "h:1", "--port", "-1"], "Invalid value for '--port'"),
         (["worker", "decode", "--gateway", "h:1", "--id", ""], "--id: got '', expected"),
+        (["worker", "decode", "--gateway", "10.0.0.1:1"], "--host: got '127.0.0.1', expected the address at which"),
+        (["worker", "decode", "--gateway", "h:1", "--host", "[::]"], "--host: got '[::]', expected the address"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, expected):
     assert expected in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        ["--gateway", "h:1", "--host", "h2"],
+        ["--gateway", "[::1]:1"],
+        # Who holds its lifeline is on its machine, whatever the gateway's address.
+        ["--gateway", "10.0.0.1:1", "--lifeline"],
+    ],
+    ids=" ".join,
+)
+def test_workers_that_others_reach(where: list[str]):
+    """In a process of its own, which a worker's watchdog may end."""
+    command = [sys.executable, "-m", "cluster.cli", "worker", "decode", *where, "--model", "/none"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
+        assert worker.wait(60) == 2
+        assert worker.stderr is not None
+        assert "model '/none' not found" in worker.stderr.read()
 
 
 def test_a_bad_line_is_found_before_anything_is_sent(capsys, tmp_path):
