@@ -42,12 +42,13 @@ def status_table(response: GetStatusResponse) -> Table:
         title=f"{response.model}: {len(response.workers)} workers",
         title_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
+        show_edge=False,
     )
-    table.add_column("worker", no_wrap=True)
-    table.add_column("address", no_wrap=True)
-    for heading in ("run", "wait", "queued", "KV", "steps", "error", "seen"):
-        table.add_column(heading, justify="right")
+    for heading in ("worker", "role", "state", "address"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("run", "wait", "queued", "KV", "error", "seen"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for worker in response.workers:
         # As text: a worker's name may look like markup.
         table.add_row(*map(Text, _row(worker)), style="" if worker.fresh else "red")
@@ -55,25 +56,33 @@ def status_table(response: GetStatusResponse) -> Table:
 
 
 def _row(worker: WorkerStatus) -> tuple[str, ...]:
-    used = 1.0 - worker.blocks_free / worker.blocks_total if worker.blocks_total else 0.0
     return (
         worker.worker_id,
+        worker.role,
+        state_of(worker),
         worker.address,
         str(worker.running),
         str(worker.waiting),
         str(worker.queued_tokens),
-        f"{used:.0%}",
-        str(worker.steps),
-        _cost_error(worker),
+        f"{used(worker):.0%}",
+        cost_error(worker),
         f"{worker.heartbeat_age_s:.1f} s",
     )
 
 
-def _cost_error(worker: WorkerStatus) -> str:
+def state_of(worker: WorkerStatus) -> str:
+    """In one word: silent, draining or ready."""
+    return "silent" if not worker.fresh else "draining" if worker.draining else "ready"
+
+
+def used(worker: WorkerStatus) -> float:
+    """The share of its KV blocks that are taken."""
+    return 1.0 - worker.blocks_free / worker.blocks_total if worker.blocks_total else 0.0
+
+
+def cost_error(worker: WorkerStatus) -> str:
     """How far the worker's cost model was from its last steps: median / 90th percentile, in percent."""
-    if not worker.cost_error_p90:
-        return "-"
-    return f"{worker.cost_error_median * 100:.0f}/{worker.cost_error_p90 * 100:.0f} %"
+    return f"{worker.cost_error_median * 100:.0f}/{worker.cost_error_p90 * 100:.0f}%" if worker.cost_error_p90 else "-"
 
 
 def _attainment(response: GetStatusResponse) -> str:

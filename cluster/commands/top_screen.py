@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from tandem.v1.inference_pb2 import GetStatusResponse, WorkerStatus
 
+from cluster.commands.status import cost_error, state_of, used
+
 BAR_CHARS = 10
 # What stands above the pools, and around each of them.
 HEAD_ROWS = 6
@@ -139,17 +141,17 @@ def _columns(role: str) -> tuple[_Column, ...]:
     )
     return (
         _Column("worker", lambda worker, rates: worker.worker_id),
-        _Column("state", lambda worker, rates: _state(worker), 70),
+        _Column("state", lambda worker, rates: state_of(worker), 70),
         _Column("run", lambda worker, rates: str(worker.running)),
         _Column("wait", lambda worker, rates: str(worker.waiting)),
         _Column("queued", lambda worker, rates: _number(worker.queued_tokens), 50),
-        _Column("KV", lambda worker, rates: f"{_used(worker):.0%}"),
-        _Column("", lambda worker, rates: _bar(_used(worker)), 80),
+        _Column("KV", lambda worker, rates: f"{used(worker):.0%}"),
+        _Column("", lambda worker, rates: _bar(used(worker)), 80),
         speed,
         _Column("hits", _hits, 90),
         moved,
         _Column("preempted", lambda worker, rates: str(worker.preemptions), 120),
-        _Column("error", lambda worker, rates: _cost_error(worker), 80),
+        _Column("error", lambda worker, rates: cost_error(worker), 80),
         _Column("seen", lambda worker, rates: f"{worker.heartbeat_age_s:.1f} s", 60),
     )
 
@@ -160,14 +162,6 @@ def _line(text: str, width: int, style: str = "") -> Text:
     return line
 
 
-def _state(worker: WorkerStatus) -> str:
-    return "silent" if not worker.fresh else "draining" if worker.draining else "ready"
-
-
-def _used(worker: WorkerStatus) -> float:
-    return 1.0 - worker.blocks_free / worker.blocks_total if worker.blocks_total else 0.0
-
-
 def _bar(share: float) -> str:
     full = round(share * BAR_CHARS)
     return "█" * full + "░" * (BAR_CHARS - full)
@@ -176,10 +170,6 @@ def _bar(share: float) -> str:
 def _hits(worker: WorkerStatus, rates: Rates) -> str:
     """Share of the prompt tokens that its prefix cache had, since its start."""
     return f"{worker.prefix_hits / worker.prefix_queries:.0%}" if worker.prefix_queries else "-"
-
-
-def _cost_error(worker: WorkerStatus) -> str:
-    return f"{worker.cost_error_median * 100:.0f}/{worker.cost_error_p90 * 100:.0f} %" if worker.cost_error_p90 else "-"
 
 
 def _rate(rates: Rates, value: float) -> str:

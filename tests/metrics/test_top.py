@@ -102,6 +102,23 @@ def test_states_and_full_pools() -> None:
     assert "prefill: 0 workers" in "\n".join(shown)
 
 
+def test_status_says_what_each_worker_is_and_does_in_80_columns() -> None:
+    """Also over a pipe, where nothing is red."""
+    busy = {"address": "127.0.0.1:45123", "queued_tokens": 123456, "cost_error_median": 0.1, "cost_error_p90": 0.25}
+    workers = [
+        worker("colocated-0", "decode", draining=True, **busy),
+        worker("prefill-0", "prefill", fresh=False, heartbeat_age_s=21.3, **busy),
+        worker("decode-0", "decode", **busy),
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(status_table(status(workers=workers)))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    numbers = ["127.0.0.1:45123", "0", "0", "123456", "75%", "10/25%"]
+    assert ["colocated-0", "decode", "draining", *numbers, "0.4", "s"] in rows
+    assert ["prefill-0", "prefill", "silent", *numbers, "21.3", "s"] in rows
+    assert ["decode-0", "decode", "ready", *numbers, "0.4", "s"] in rows
+
+
 def test_a_name_is_shown_as_it_is() -> None:
     names = ["[red]a", "[/b]", "c\\[d"]
     text = "\n".join(lines(Moment(1.0, status(workers=[worker(name, "decode") for name in names])), None, 120))
