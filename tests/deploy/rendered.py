@@ -42,7 +42,12 @@ needs_kubectl = pytest.mark.skipif(bool(why_not()), reason=why_not() or "kubectl
 @functools.cache
 def render(overlay: str) -> tuple[Object, ...]:
     """Every object of an overlay."""
-    command = ["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)]
+    return render_folder(KUBERNETES / "overlays" / overlay)
+
+
+def render_folder(folder: Path) -> tuple[Object, ...]:
+    """Every object of the overlay in a folder."""
+    command = ["kubectl", "kustomize", str(folder)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return tuple(yaml.safe_load_all(text))
 
