@@ -134,6 +134,8 @@ def submit(head: Head) -> None:
     assert "shutting down" in log
     assert "Traceback" not in log
     assert "was stopped" in head.run("ray job status tandem")
+    # Without that the same job could not be submitted again.
+    head.run("ray job delete tandem")
     eventually(lambda: not processes(re.compile("tandem serve|WorkerActor")))
 
 
