@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+CGROUP = Path("/sys/fs/cgroup")
+# How version 2 and 1 of control groups name the CPU time of a container, in microseconds.
+QUOTA_AND_PERIOD = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,19 @@ def use_relay(name: str, address: str) -> None:
     os.environ.update(grpc_proxy=f"http://{name}@{address}", no_grpc_proxy="none.invalid")
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container or under taskset are fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """Cores that this process may use: under taskset, or with a container's limit of CPU time, fewer than there are."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(there, _cpu_limit(cgroup))))
+
+
+def _cpu_limit(cgroup: Path) -> float:
+    """CPU seconds per second that this container may have; infinite where nothing says so."""
+    for names in QUOTA_AND_PERIOD:
+        try:
+            quota, period = " ".join((cgroup / name).read_text(encoding="ascii") for name in names).split()
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+        except (OSError, ValueError):
+            continue
+    return math.inf

@@ -11,7 +11,7 @@ import yaml
 
 from cluster.chaos.plan import read_plan
 from cluster.config import FLAGS, TandemConfig, from_json, known_keys, load, to_json
-from cluster.environment import prepare_ray, read_environment, worker_variables
+from cluster.environment import prepare_ray, read_environment, usable_cores, worker_variables
 from cluster.worker_spec import cpus_of, worker_names
 from engine.errors import ConfigError
 
@@ -187,6 +187,26 @@ def test_one_ray_token_for_as_long_as_the_process_lives(monkeypatch):
     prepare_ray(is_local=True)
     assert os.environ["RAY_AUTH_TOKEN"] == token
     assert len(token) == 64
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, 1024),
+        ({"cpu.max": "max 100000\n"}, 1024),
+        ({"cpu.max": "150000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "102400000 100000\n"}, 1024),
+        ({"cpu.max": "what?"}, 1024),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1024),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_a_container_has_the_cores_of_its_limit(tmp_path: Path, files: dict[str, str], most: int):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == min(len(os.sched_getaffinity(0)), most)
 
 
 def test_worker_variables_respect_the_users_own():
