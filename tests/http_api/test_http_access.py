@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import ssl
 from pathlib import Path
 
@@ -71,6 +72,20 @@ async def test_health_needs_no_key(tmp_path: Path) -> None:
     async with web(workers=()) as running, httpx.AsyncClient(base_url=running.root) as client:
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/ready")).status_code == 503
+
+
+async def test_what_asks_nobody_is_what_security_says(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
+    [row] = re.findall(r"^\| HTTP \(`http_port`\).*", text, re.MULTILINE)
+    told = set(re.findall(r"`(/[^`]*)`", row.partition("ask nobody")[0])) | {"/"}
+    clients, _ = keys(tmp_path)
+    open_to_all = set()
+    async with web(clients=clients) as running, httpx.AsyncClient(base_url=running.root) as client:
+        described = (await client.get("/openapi.json")).json()["paths"]
+        for path in {*described, "/", "/openapi.json"}:
+            if (await client.get(path)).status_code == 200:
+                open_to_all.add(path)
+    assert told == open_to_all
 
 
 async def test_a_gateway_that_is_about_to_end_is_not_ready() -> None:
