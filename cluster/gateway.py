@@ -26,7 +26,7 @@ from cluster.endings import Endings
 from cluster.failures import Failures
 from cluster.gateway_config import GatewayConfig
 from cluster.gateway_seams import RoleController, Tickets
-from cluster.intake import fitted, intake_chars, is_conversation, prompt_token_ids
+from cluster.intake import fitted, is_conversation, prompt_token_ids, text_chars
 from cluster.ledger import Ledger
 from cluster.links import SHUTTING_DOWN, DecodeLinks, Mailbox
 from cluster.messages import Chunk, ClusterStatus, Complete, GenerateRequest, ModelInfo
@@ -213,8 +213,10 @@ class Gateway:
         miss of the cluster's, and no demand that it could meet."""
         now = asyncio.get_running_loop().time()
         intake = partial(prompt_token_ids, request, self.model, self.tokenizer, self._config.max_prompt_chars)
+        chars = text_chars(request.prompt, request.tools)
         try:
-            token_ids = await self.texts.run(intake_chars(request), intake)
+            # To check a structure may take as long as to tokenize a long text.
+            token_ids = await self.texts.run(chars, intake, is_long=request.params.structure is not None)
         except Overloaded as error:
             self.endings.refused(request, now, error)
             raise

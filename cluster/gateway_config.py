@@ -155,7 +155,7 @@ class GatewayConfig(BaseModel):
     max_prompt_chars: int = Field(
         default=1_000_000,
         ge=1,
-        description="Longest prompt text. Tokenizing blocks all other requests: about 1 s per million.",
+        description="Longest prompt text. Long ones are tokenized beside other requests: about 1 s per million.",
     )
     default_deadline_s: float | None = Field(
         default=600.0,

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import cast
 
 from cluster.messages import GenerateRequest, Message, ModelInfo
-from cluster.text_queue import SHORT_CHARS
 from engine.errors import ContextExceeded, InvalidArgument, NotFound
 from engine.request_checks import check_token_ids
 from engine.tokenizer import Tokenizer
@@ -47,12 +46,6 @@ def fitted(request: GenerateRequest, room_tokens: int) -> GenerateRequest:
     if not request.fills_context:
         return request
     return replace(request, params=replace(request.params, max_tokens=max(1, room_tokens)))
-
-
-def intake_chars(request: GenerateRequest) -> int:
-    """What a request takes to look at, as characters to tokenize: a structure may take as long as a long text."""
-    chars = text_chars(request.prompt, request.tools)
-    return chars if request.params.structure is None else chars + SHORT_CHARS + 1
 
 
 def text_chars(prompt: str | tuple[int, ...] | tuple[Message, ...], tools: Sequence[Tool] = ()) -> int:

@@ -31,11 +31,13 @@ class TextQueue:
         self._in_turn: asyncio.Task[Any] | None = None
         self._chars = 0
 
-    async def run(self, chars: int, work: Callable[[], Result]) -> Result:
-        """What `work` makes of a text of `chars`. Raises what it raises, and Overloaded when too much waits already."""
+    async def run(self, chars: int, work: Callable[[], Result], *, is_long: bool = False) -> Result:
+        """What `work` makes of a text of `chars`. `is_long`: it takes long whatever the length of its text. Raises what
+        `work` raises, and Overloaded when too much waits already."""
         # A text that is too long is refused, which takes no time.
-        if not SHORT_CHARS < chars <= self._max_chars:
+        if not (is_long or SHORT_CHARS < chars <= self._max_chars):
             return work()
+        chars = min(max(chars, SHORT_CHARS), self._max_chars)
         if self._chars + chars > WAITING_MAX * self._max_chars:
             raise Overloaded(f"texts of {self._chars} characters wait to be tokenized", self._chars / CHARS_PER_S)
         self._chars += chars

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,10 @@ from engine.chat_template import ChatTemplate
 from engine.errors import InvalidArgument, NotFound
 from engine.gguf_tokenizer import build as build_backend
 from engine.sampling import SamplingParams
+from engine.structure import Structure
 from engine.tokenizer import Tokenizer
+from tests.cluster.fake_decode import FakeDecode
+from tests.cluster.serving import ANSWER, CONFIG, TO_THE_END, collect, serving
 from tests.engine.tiny_tokenizers import build, byte_level_metadata
 
 PLAIN = build(byte_level_metadata())
@@ -33,6 +38,21 @@ def test_each_kind_of_prompt_becomes_token_ids() -> None:
     assert ids(replace(REQUEST, prompt=CHAT)) == tuple(PLAIN.encode("u:ab;a:c;", add_special_tokens=False))
     assert ids(replace(REQUEST, prompt=(0, 5, 9)), tokenizer=None) == (0, 5, 9)
     assert ids(replace(REQUEST, model="tiny")) == ids(REQUEST)
+
+
+@pytest.mark.parametrize("chars", [1, 100, 101])
+async def test_structures_are_checked_in_a_thread_however_long_the_prompt(
+    chars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr("engine.guidance.check_structure", lambda _: threads.append(threading.current_thread()))
+    request = replace(TO_THE_END, prompt="h" * chars)
+    request = replace(request, params=replace(request.params, structure=Structure("regex", "[ab]+")))
+    async with serving(FakeDecode(ANSWER), config=CONFIG.model_copy(update={"max_prompt_chars": 100})) as gateway:
+        with nullcontext() if chars <= 100 else pytest.raises(InvalidArgument, match="101 characters"):
+            await collect(gateway, request)
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 def test_prompt_and_answer_may_fill_the_context_exactly() -> None:

@@ -44,6 +44,14 @@ async def test_short_texts_are_done_at_once_and_so_is_what_will_be_refused() -> 
         assert work.thread is threading.current_thread()
 
 
+async def test_what_takes_long_whatever_its_text_takes_its_turn_too() -> None:
+    queue = TextQueue(max_chars=10 * LONG)
+    for chars in (0, 10 * LONG, 10 * LONG + 1):
+        work = Work()
+        assert await queue.run(chars, work, is_long=True) == "done"
+        assert work.thread is not threading.current_thread()
+
+
 async def test_long_texts_take_turns_in_a_thread_and_the_loop_goes_on() -> None:
     queue, works = TextQueue(LONG), [Work(0.05) for _ in range(4)]
     Work.most = 0

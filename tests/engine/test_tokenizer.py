@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,28 @@ def test_decoder_that_cannot_be_streamed_is_refused() -> None:
     backend.decoder = tokenizers.decoders.WordPiece()
     with pytest.raises(ModelFileError, match="decoder WordPiece is not supported; known: ByteLevel"):
         Tokenizer(backend, frozenset())
+
+
+# ── long texts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "token ids"])
+def test_other_threads_run_while_a_long_text_is_worked_on(kind: str) -> None:
+    tokenizer = build(byte_level_metadata(), TEMPLATE)
+    text = "the hello " * 50_000
+    works: dict[str, Callable[[], object]] = {
+        "text": partial(tokenizer.encode, text),
+        "chat": partial(tokenizer.encode_chat, [{"role": "user", "content": text}]),
+        "token ids": partial(tokenizer.decode, tokenizer.encode(text) * 4),
+    }
+    worker = threading.Thread(target=works[kind])
+    beats = 0
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.002)
+        beats += 1
+    # It takes at least 0.1 s. With the interpreter held there are a few, before it begins and when it is done.
+    assert beats > 20
 
 
 # ── bad text and ids ─────────────────────────────────────────────────────────────────────────────────────────────────

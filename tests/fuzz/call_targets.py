@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import cast
@@ -18,7 +18,7 @@ from cluster.links import DecodeLinks
 from cluster.messages import Chunk
 from cluster.registry import KVEvents, Registry
 from cluster.registry_server import reply_from_proto, report_from_proto, report_to_proto
-from cluster.text_queue import SHORT_CHARS
+from cluster.text_queue import Result, TextQueue
 from decode_worker.config import DecodeConfig
 from decode_worker.convert import command_from_bytes, command_to_bytes, frame_from_bytes, frame_to_bytes
 from decode_worker.stream import Cancel, ChoiceSoFar, Command, Delta, Done, Failed, Submit, TokenFrame
@@ -74,14 +74,20 @@ class _Script:
         """Nothing is open."""
 
 
+class _AtOnce(TextQueue):
+    """Virtual time knows no threads."""
+
+    async def run(self, chars: int, work: Callable[[], Result], *, is_long: bool = False) -> Result:
+        return work()
+
+
 @asynccontextmanager
 async def scripted_gateway(frames: Sequence[TokenFrame]) -> AsyncIterator[Gateway]:
     failures = CONFIG.failures.model_copy(update={"max_attempts": 2})
-    # Longer texts would be tokenized in a thread, which virtual time does not know.
-    update = {"failures": failures, "default_deadline_s": 20.0, "max_prompt_chars": SHORT_CHARS}
-    config = CONFIG.model_copy(update=update)
+    config = CONFIG.model_copy(update={"failures": failures, "default_deadline_s": 20.0})
     links = DecodeLinks(_Script(frames))
     gateway = Gateway(TOKENIZER, MODEL, Registry(1000.0, 1000.0), links, config, random.Random(1))
+    gateway.texts = _AtOnce(config.max_prompt_chars)
     for name in ("p", "d"):
         gateway.heartbeat(report(name))
     try:
