@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +99,10 @@ def _read(folder: Path) -> TlsFiles:
         context.load_verify_locations(cadata=ca.decode("ascii"))
     except (ssl.SSLError, ValueError):
         raise ConfigError(f"{folder / 'ca.crt'}: no certificates, in PEM") from None
-    if stamp != _stamp(folder):
-        raise ConfigError(f"{folder}: the files changed while they were read")
-    return TlsFiles(stamp, ca, cert, key)
+    with suppress(OSError):
+        if stamp == _stamp(folder):
+            return TlsFiles(stamp, ca, cert, key)
+    raise ConfigError(f"{folder}: the files changed while they were read")
 
 
 def _no_password() -> str:

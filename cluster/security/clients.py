@@ -69,7 +69,7 @@ class _WatchedFile(Generic[Credentials]):
         self.content = parse(self._text, str(path))
 
     def refresh(self) -> None:
-        problem = ""
+        problem, bug = "", None
         try:
             # Whole, and not by its time: that is the same after two changes within a tick of the file system's clock.
             text = read_text(self._path)
@@ -79,8 +79,11 @@ class _WatchedFile(Generic[Credentials]):
                 _log.info("%s has changed and counts now", self._path)
         except ConfigError as error:
             problem = str(error)
+        except Exception as error:
+            # A bug of one file's reader must not end the reading of either: a key that is revoked would go on counting.
+            problem, bug = f"{self._path}: reading it has crashed: {type(error).__name__}", error
         if problem and problem != self._problem:
-            _log.error("%s; what it said before still counts", problem)
+            _log.error("%s; what it said before still counts", problem, exc_info=bug)
         self._problem = problem
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -112,7 +113,7 @@ def _from_pem(text: str, where: str) -> list[VerifyKey]:
             raise ConfigError(f"{where}: got a block of the kind {block[1]!r}, expected 'PUBLIC KEY' and no others")
         try:
             key = load_pem_public_key(block[0].encode())
-        except ValueError:
+        except (ValueError, UnsupportedAlgorithm):
             raise ConfigError(f"{where}: the {_nth(keys)} public key cannot be read") from None
         keys.append(_verify_key(key, None, None, f"{where}: the {_nth(keys)} public key"))
     return keys

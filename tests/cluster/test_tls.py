@@ -157,6 +157,16 @@ async def test_files_that_do_not_fit_each_other_are_passed_over(certs: Path, cap
     assert tls.files().key == (certs.parent / "other" / "worker" / "tls.key").read_bytes()
 
 
+def test_files_that_go_while_they_are_read_are_passed_over(certs: Path, monkeypatch: pytest.MonkeyPatch):
+    tls = Tls(certs / "worker")
+    before, key = tls.files(), certs / "worker" / "tls.key"
+    # The last that is looked at.
+    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda _, cadata: key.unlink())
+    key.touch()
+    assert tls.files() is before
+    assert not key.exists()
+
+
 def test_certificates_that_cannot_be_used_are_a_configuration_error(certs: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"ca\.crt: No such file or directory; expected ca\.crt, tls\.crt, tls\.key"):
         Tls(tmp_path / "nowhere")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.security.api_keys import ApiKeys, parse_keys
 from cluster.security.auth_config import AuthConfig, JwtConfig
 from cluster.security.caller import Caller
 from cluster.security.clients import Clients, credential_of
@@ -113,6 +114,30 @@ def test_a_providers_new_keys_count_without_a_restart(tmp_path: Path) -> None:
     assert detail(clients, token(OTHER_RSA)) == "a token with a wrong signature"
     file.write_text(pem(OTHER_RSA))
     clients.refresh()
+    assert clients.caller(bearer(token(OTHER_RSA))).tenant == "acme"
+    assert detail(clients, token(RSA)) == "a token with a wrong signature"
+
+
+def test_a_bug_in_reading_one_file_is_told_once_and_the_other_is_read_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, keys = key_file(tmp_path, "acme")
+    (tmp_path / "pem").write_text(pem(RSA))
+
+    def parse(text: str, where: str) -> ApiKeys:
+        assert "odd" not in text, "a bug"
+        return parse_keys(text, where)
+
+    monkeypatch.setattr("cluster.security.clients.parse_keys", parse)
+    clients = Clients(AuthConfig(keys_file=file, jwt=JwtConfig(keys_file=tmp_path / "pem")))
+    file.write_text("odd")
+    (tmp_path / "pem").write_text(pem(OTHER_RSA))
+    for _ in range(3):
+        clients.refresh()
+    [record] = caplog.records
+    assert record.getMessage() == f"{file}: reading it has crashed: AssertionError; what it said before still counts"
+    assert record.exc_info is not None
+    assert clients.caller(bearer(keys["acme"])).tenant == "acme"
     assert clients.caller(bearer(token(OTHER_RSA))).tenant == "acme"
     assert detail(clients, token(RSA)) == "a token with a wrong signature"
 

@@ -154,6 +154,8 @@ def test_a_key_with_an_algorithm_of_its_own_verifies_no_other() -> None:
 SMALL = rsa.generate_private_key(65537, 1024)
 ODD_CURVE = ec.generate_private_key(ec.SECP256K1())
 DSA = dsa.generate_private_key(2048)
+# Of the curve sect163k1, which the library does not know.
+UNKNOWN_CURVE = "-----BEGIN PUBLIC KEY-----\nMBcwEAYHKoZIzj0CAQYFK4EEAAEDAwAEAA==\n-----END PUBLIC KEY-----\n"
 SHARED = {"kty": "oct", "k": "c2VjcmV0"}
 PRIVATE = json.loads(jwt.get_algorithm_by_name("RS256").to_jwk(RSA))
 
@@ -180,6 +182,7 @@ PRIVATE = json.loads(jwt.get_algorithm_by_name("RS256").to_jwk(RSA))
         (pem(ODD_CURVE), "the 1. public key: expected RSA, Ed25519, or one of the curves"),
         (pem(DSA), "the 1. public key: expected RSA, Ed25519, or one of the curves"),
         (pem(RSA).replace("M", "A"), "the 1. public key cannot be read"),
+        (pem(RSA) + UNKNOWN_CURVE, "the 2. public key cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_and_nothing_of_it_shown(text: str, problem: str) -> None:
