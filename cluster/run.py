@@ -80,8 +80,11 @@ class Run:
 
     @property
     def used_tokens(self) -> int:
-        """Of its tenant's quota: none as long as no worker has had it."""
-        return len(self.token_ids) + self.answer.token_count if self.booking is not None else 0
+        """Of its tenant's quota: none as long as no worker has had it. Of an answer that is not whole what was drawn,
+        though nobody may have read it."""
+        if self.booking is None:
+            return 0
+        return len(self.token_ids) + (self.answer.token_count if self.is_over else self.drawn)
 
     def believe(self, delta: Delta, vocab_size: int) -> None:
         """Call with a worker's tokens when they come. Raises Unavailable where they are not what was asked for."""

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.gateway import Gateway
 from cluster.gateway_config import GatewayConfig
+from cluster.messages import Complete
 from cluster.prefix_index import BlockNames
 from cluster.registry import KVEvents
 from cluster.security.auth_config import AuthConfig, QuotaConfig
@@ -108,6 +109,33 @@ async def test_a_request_that_its_client_leaves_costs_its_prompt_and_what_was_dr
         await refused(gateway, prompt=LONG.prompt, params=SamplingParams(max_tokens=left - len(LONG.prompt) + 30))
         charge = gateway.quotas.charge("acme", left, 0, await now())
         charge.settle(0, await now())
+
+
+@on_virtual_time
+async def test_what_was_drawn_and_not_read_costs_as_much() -> None:
+    size = 1000
+    async with serving(FakeDecode(ANSWER * 100), config=with_quota(tokens_per_day=size)) as gateway:
+        request = replace(LONG, params=SamplingParams(max_tokens=500), tenant="acme")
+        async with aclosing(gateway.generate(request)) as parts:
+            await anext(parts)
+            await asyncio.sleep(600 * STEP_S)
+        left = size - len(LONG.prompt) - 500
+        with pytest.raises(Overloaded):
+            gateway.quotas.charge("acme", left, 10, await now())
+        gateway.quotas.charge("acme", left, 0, await now()).settle(0, await now())
+
+
+@on_virtual_time
+async def test_what_is_drawn_after_a_stop_string_costs_nothing() -> None:
+    async with serving(FakeDecode(ANSWER * 100), config=with_quota(tokens_per_day=1000)) as gateway:
+        params = SamplingParams(max_tokens=500, stop=(",",))
+        async with aclosing(gateway.generate(replace(LONG, params=params, tenant="acme"))) as parts:
+            await anext(parts)
+            await asyncio.sleep(600 * STEP_S)
+            *_, complete = [part async for part in parts]
+        assert isinstance(complete, Complete)
+        left = 1000 - len(LONG.prompt) - complete.usage.completion_tokens
+        gateway.quotas.charge("acme", left, 0, await now()).settle(0, await now())
 
 
 @on_virtual_time
