@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.config import Config
@@ -29,19 +30,19 @@ WRITE_BUFFER_BYTES = 16 << 10
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """`limits` are set on a subclass by `bounded`."""
-
-    max_connections = 4096
-    slow_reader_s = 30.0
+    """`opened` is called when the connection is. How many there may be: accepting.py."""
 
     def __init__(
         self,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        slow_reader_s: float,
+        opened: Callable[[], None],
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state)
+        self._slow_reader_s = slow_reader_s
+        self._opened = opened
         self._header_bytes, self._is_too_large = 0, False
         # Requests that are not answered yet, in order.
         self._cycles: deque[RequestResponseCycle] = deque()
@@ -53,9 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
-            transport.abort()
-            return
+        self._opened()
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._expect_request()
 
@@ -128,7 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().pause_writing()
         self._waits_since_s = self.loop.time()
         self._allowed_s = self.transport.get_write_buffer_size() / SLOWEST_BYTES_PER_S
-        left_s = self.slow_reader_s - self._waited_s + self._allowed_s
+        left_s = self._slow_reader_s - self._waited_s + self._allowed_s
         self._reader_timer = self.loop.call_later(max(0.0, left_s), self._abort)
 
     def resume_writing(self) -> None:
@@ -147,10 +146,3 @@ class BoundedProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._request_timer = self._reader_timer = None
-
-
-def bounded(max_connections: int, slow_reader_s: float) -> type[BoundedProtocol]:
-    """The protocol with these limits: uvicorn makes one for each connection, and takes no arguments for them."""
-    return type(
-        "BoundedProtocol", (BoundedProtocol,), {"max_connections": max_connections, "slow_reader_s": slow_reader_s}
-    )

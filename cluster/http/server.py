@@ -13,11 +13,13 @@ import logging
 import socket
 import ssl
 from collections.abc import Generator
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.http.protocol import bounded
+from cluster.http.accepting import Accepting
+from cluster.http.protocol import BoundedProtocol
 from engine.errors import ConfigError
 from kvtransfer.rpc_limits import max_connections
 from kvtransfer.rpc_tls import Tls
@@ -32,7 +34,21 @@ CERTS_POLL_S = 1.0
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves the signals of the process to those who own it."""
+    """Takes connections itself, encrypted with `context`, and leaves the signals of the process to those who own it."""
+
+    def __init__(self, config: uvicorn.Config, slow_reader_s: float, context: ssl.SSLContext | None) -> None:
+        super().__init__(config)
+        self._slow_reader_s = slow_reader_s
+        self._context = context
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # With none: it would open connections as asyncio's own server does.
+        await super().startup(sockets=[])
+        state = self.server_state
+        make_protocol = partial(BoundedProtocol, self.config, state, self.lifespan.state, self._slow_reader_s)
+        for listener in sockets or ():
+            accepting = Accepting(listener, make_protocol, self._context, max_connections(), state.connections)
+            self.servers.append(accepting)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -70,7 +86,6 @@ async def start_http(address: str, app: ASGIApp, *, slow_reader_s: float = 30.0,
     listener = _listen(address)
     config = uvicorn.Config(
         app,
-        http=bounded(max_connections(), slow_reader_s),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -82,11 +97,11 @@ async def start_http(address: str, app: ASGIApp, *, slow_reader_s: float = 30.0,
     # What clients do wrong they are told themselves; for this side's log only what is wrong here counts.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config.load()
-    config.ssl = _context(tls) if tls is not None else None
-    server = _Uvicorn(config)
+    context = _context(tls) if tls is not None else None
+    server = _Uvicorn(config, slow_reader_s, context)
     tasks = [asyncio.create_task(server.serve([listener]), name="http")]
-    if tls is not None and config.ssl is not None:
-        tasks.append(asyncio.create_task(_renew(config.ssl, tls), name="http certificates"))
+    if tls is not None and context is not None:
+        tasks.append(asyncio.create_task(_renew(context, tls), name="http certificates"))
     host = address.rpartition(":")[0]
     return HttpServer(server, tasks, f"{host}:{listener.getsockname()[1]}")
 

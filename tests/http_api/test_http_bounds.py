@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 
 from cluster.http import protocol
+from cluster.security.certs import make_certs
+from kvtransfer.rpc_tls import Tls
 from tests.http_api.web import MAX_BODY_BYTES, Web, eventually, web
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Count!"}]}
@@ -123,8 +128,55 @@ async def test_a_reader_that_is_slow_but_reads_gets_all_of_it(monkeypatch: pytes
 
 async def test_connections_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.http.server.max_connections", lambda: 2)
-    async with web() as running, connection(running), connection(running), connection(running) as (reader, _):
-        assert await ended(reader) == b""
+    async with web() as running, connection(running) as first, connection(running) as second:
+        for reader, writer in (first, second):
+            writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        async with connection(running) as (reader, _):
+            assert await ended(reader) == b""
+        first[1].close()
+        async with asyncio.timeout(5), httpx.AsyncClient() as other:
+            while True:
+                with suppress(httpx.TransportError):
+                    assert (await other.get(f"{running.root}/health")).status_code == 200
+                    break
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_connections_without_a_handshake_are_within_the_limit_and_have_as_long_as_a_request(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.http.server.max_connections", lambda: 3)
+    monkeypatch.setattr("cluster.http.accepting.REQUEST_S", 0.5)
+    make_certs(tmp_path, ["127.0.0.1"], days=1)
+    folder = tmp_path / "clients"
+    trusted = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+
+    async def check() -> None:
+        async with (
+            web(tls=Tls(folder)) as running,
+            connection(running) as (first, writer),
+            connection(running) as (second, _),
+            connection(running) as (third, _),
+            connection(running) as (fourth, _),
+        ):
+            writer.write(b"no handshake")
+            # At once: the first for what it said, the last for being one too many.
+            for reader in (first, fourth):
+                async with asyncio.timeout(0.4):
+                    await ended(reader)
+            # Its place is free again.
+            async with httpx.AsyncClient(verify=trusted) as client:
+                assert (await client.get(f"https://{running.server.address}/health")).status_code == 200
+            for reader in (second, third):
+                assert await ended(reader) == b""
+            async with connection(running):
+                # With one in its handshake the server ends as soon as without.
+                async with asyncio.timeout(1.0):
+                    await running.server.stop()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(check())
 
 
 async def test_pipelined_requests_are_answered_in_turn() -> None:
