@@ -223,7 +223,8 @@ class Gateway:
         is_chat = is_conversation(request.prompt)
         # Its text has been of use, and may be long.
         room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)
-        request = replace(fitted(request, room_tokens), prompt=(), tools=())
+        quota_tokens = self.quotas.fill_tokens(request.tenant, len(token_ids)) / request.params.n
+        request = replace(fitted(request, int(min(room_tokens, quota_tokens))), prompt=(), tools=())
         objectives = self._config.objectives_of(request.objectives, request.slo_class)
         on_failure = self._config.on_failure_of(request.on_failure)
         allowed_s = request.deadline_s or self._config.default_deadline_s or math.inf

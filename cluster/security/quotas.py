@@ -21,6 +21,8 @@ MINUTE_S, DAY_S = 60.0, 86400.0
 # Tenants that the configuration does not name, of whom anything is remembered. One that is forgotten for it, the one
 # that asked longest ago, begins with full buckets.
 MAX_UNNAMED = 1 << 17
+# Of a bucket, for an answer that may be as long as there is room.
+FILL_SHARE = 0.25
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
 # Before the first request has ended, nothing is known of how long one takes.
 FIRST_GUESS_S = 1.0
@@ -84,6 +86,12 @@ class Quotas:
             call_s = usage.calls.wait_s(1, now) if usage.calls is not None else 0.0
             raise self._refusal(longest, max(waits_s[longest], call_s))
         return Charge(usage, tokens, now)
+
+    def fill_tokens(self, tenant: str, prompt_tokens: int) -> float:
+        """The most that a request which names no length may reserve for its answer: a part of what its prompt leaves of
+        the smallest bucket, or each such request would keep all others of its tenant waiting. Infinite without one."""
+        sizes = [bucket.size for bucket in self._usage(tenant).buckets.values()]
+        return (min(sizes, default=math.inf) - prompt_tokens) * FILL_SHARE
 
     def check_empty(self) -> None:
         """Asserts that no request holds anything."""

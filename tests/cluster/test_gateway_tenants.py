@@ -23,7 +23,9 @@ from tests.cluster.serving import (
     ANSWER,
     CONFIG,
     LENGTH,
+    MODEL,
     REQUEST,
+    STATS,
     TO_THE_END,
     TOKENIZER,
     collect,
@@ -136,6 +138,22 @@ async def test_what_is_drawn_after_a_stop_string_costs_nothing() -> None:
         assert isinstance(complete, Complete)
         left = 1000 - len(LONG.prompt) - complete.usage.completion_tokens
         gateway.quotas.charge("acme", left, 0, await now()).settle(0, await now())
+
+
+@on_virtual_time
+async def test_answers_without_a_length_are_as_long_as_the_quota_allows_and_keep_no_other_waiting() -> None:
+    fake, size = FakeDecode([*ANSWER, 0], eos=0), PROMPT_TOKENS + 400
+    config = with_quota(tokens_per_minute=size, tokens_per_day=10 * size)
+    async with serving(fake, config=config.model_copy(update={"max_running": 4})) as gateway:
+        two = replace(REQUEST.params, n=2)
+        tasks = [start(gateway, f"r{number}", tenant="acme", fills_context=True) for number in range(2)]
+        tasks.append(start(gateway, "two", tenant="acme", fills_context=True, params=two))
+        await asyncio.gather(*tasks, start(gateway, "other", tenant="globex", fills_context=True))
+        lengths = [submit.params.max_tokens for _, submit in fake.submits]
+        assert lengths == [100, 100, 50, min(MODEL.max_context, 16 * STATS.blocks_total) - PROMPT_TOKENS]
+        # What the client named is told as what it named.
+        with pytest.raises(InvalidArgument, match="max_tokens: got 401, expected at most"):
+            await collect(gateway, replace(REQUEST, params=SamplingParams(max_tokens=401), tenant="acme"))
 
 
 @on_virtual_time
