@@ -121,8 +121,7 @@ class ControllerLoop:
         if self._sight is None:
             return ""
         now, wish = asyncio.get_running_loop().time(), self._wishes.get(worker_id)
-        known = self._sight.registry.all(now)
-        report = next((worker.report for worker in known if worker.report.worker_id == worker_id), None)
+        report = self._sight.registry.report_of(worker_id)
         if report is None or (wish is not None and report.role == wish.role):
             return ""
         if wish is None or not self._can_do_without(report.role, now):

@@ -116,6 +116,8 @@ class DemandMeter:
         )
         if self._first_s is None:
             self._first_s = now
+        # Here too: nobody may ask for the demand, as long as there is no worker.
+        self._forget(now)
 
     def ended(self, prompt_tokens: int, cached_tokens: int, max_tokens: int, answer_tokens: int) -> None:
         """A request was answered in full."""
@@ -126,8 +128,7 @@ class DemandMeter:
     def demand(self, now: float, kv_tokens: int | None = None, scales: tuple[float, float] = (1.0, 1.0)) -> Demand:
         """Of the last window. `kv_tokens`: what a decode worker's pool holds; `scales`: how many times longer than the
         cost models say the workers take, by their own measurement (prefill, decode)."""
-        while self._arrivals and self._arrivals[0].at_s <= now - self._window_s:
-            self._arrivals.popleft()
+        self._forget(now)
         arrivals = self._arrivals
         if not arrivals or self._first_s is None or self._shares.answers < ANSWERS_MIN:
             return Demand(0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, None)
@@ -157,6 +158,10 @@ class DemandMeter:
             local_cost=self._local_cost(arrivals),
             has_local=self._has_local,
         )
+
+    def _forget(self, now: float) -> None:
+        while self._arrivals and self._arrivals[0].at_s <= now - self._window_s:
+            self._arrivals.popleft()
 
     def _local_cost(self, arrivals: Iterable[_Arrival]) -> float:
         """By the mean prompt."""

@@ -126,6 +126,16 @@ PROMPTS = (60.0, 100, 2)
 
 
 @on_virtual_time
+async def test_a_report_costs_the_same_however_many_workers_there_are():
+    bench = Bench(5, 3)
+    async with bench.running():
+        await asyncio.sleep(0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bench.registry, "all", lambda now: pytest.fail("all workers were looked through"))
+            assert bench.report("p0") == ""
+
+
+@on_virtual_time
 async def test_a_flip_is_asked_for_released_and_counted():
     bench = Bench(5, 3)
     bench.arriving = PROMPTS

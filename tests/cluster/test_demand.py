@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,20 @@ def test_workers_worth_of_a_steady_stream():
     assert demand.prompt_s == pytest.approx(0.2)
     assert demand.residual_s == pytest.approx(0.2), "all prompts are alike"
     assert demand.ttft_s == pytest.approx(1.0)
+
+
+def test_arrivals_are_forgotten_though_nobody_asks():
+    demands = meter(window_s=1.0)
+    tracemalloc.start()
+    try:
+        fill(demands, 100, 200, 71, NO_OBJECTIVES, end_s=2.0)
+        before = tracemalloc.get_traced_memory()[0]
+        fill(demands, 100, 200, 71, NO_OBJECTIVES, end_s=100.0)
+        after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert after < 1.5 * before
+    assert demands.demand(100.0).requests == pytest.approx(100, abs=1)
 
 
 def test_a_prompt_on_a_decode_worker_rides_on_steps_that_are_made_anyway():
