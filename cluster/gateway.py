@@ -116,7 +116,9 @@ class Gateway:
         """
         if self._is_draining:
             raise Unavailable(SHUTTING_DOWN)
-        run = await self._start(request)
+        # Its text may take a while: who drains is to wait for it.
+        with self._request_ids.to_come():
+            run = await self._start(request)
         try:
             with self._request_ids.own(request.tenant, request.request_id) as run.request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:

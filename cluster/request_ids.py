@@ -16,6 +16,7 @@ class RequestIds:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._taken: set[tuple[str, str]] = set()
+        self._to_come = 0
         self._given_back = asyncio.Event()
 
     def new(self, tenant: str) -> str:
@@ -37,11 +38,22 @@ class RequestIds:
             self._taken.remove((tenant, request_id))
             self._given_back.set()
 
+    @contextmanager
+    def to_come(self) -> Iterator[None]:
+        """Around what a request needs before it takes its id, which it does at once afterwards."""
+        self._to_come += 1
+        try:
+            yield
+        finally:
+            self._to_come -= 1
+            self._given_back.set()
+
     async def until_none(self) -> None:
-        """Until no request is left."""
-        while self._taken:
+        """Until no request is left, and none is to come."""
+        while self._taken or self._to_come:
             self._given_back.clear()
             await self._given_back.wait()
 
     def check_empty(self) -> None:
         assert not self._taken, f"requests still run: {sorted(self._taken)}"
+        assert not self._to_come, f"{self._to_come} requests are still to take their ids"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cluster.messages import Chunk, Complete
+from cluster.text_queue import SHORT_CHARS
 from engine.errors import Unavailable
 from tests.cluster.fake_decode import STEP_S, FakeDecode, on_virtual_time
 from tests.cluster.serving import ANSWER, CONFIG, STATS, TO_THE_END, collect, report, serving, start
@@ -32,6 +35,26 @@ async def test_what_is_there_is_served_and_nothing_new_is_taken() -> None:
         began_s = asyncio.get_running_loop().time()
         await drain
         assert asyncio.get_running_loop().time() - began_s < STEP_S, "it ends when the last of them has"
+
+
+async def test_a_request_whose_text_is_being_tokenized_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def tokenize(*args: Any) -> tuple[int, ...]:
+        began.set()
+        assert go_on.wait(10.0)
+        return (1, 2, 3)
+
+    monkeypatch.setattr("cluster.gateway.prompt_token_ids", tokenize)
+    async with serving(FakeDecode(ANSWER)) as gateway:
+        long = start(gateway, "r", prompt="a" * (SHORT_CHARS + 1), params=TO_THE_END.params)
+        await asyncio.to_thread(began.wait, 10.0)
+        drain = asyncio.create_task(gateway.drain(10.0))
+        await asyncio.sleep(10 * STEP_S)
+        assert not drain.done()
+        go_on.set()
+        assert text_of(await long) == "One, two, three."
+        await drain
 
 
 @on_virtual_time
