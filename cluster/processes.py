@@ -2,7 +2,7 @@
 
     spawn ─▶ running ─ exit 2 ─▶ failed for good (its last line on stderr says why)
       ▲         ├─ exit 0 ─▶ again: it was told to end, by SIGTERM, and has drained
-      ├─────────┼─ other exit ─▶ again, at most `max_restarts` times in a row
+      ├─────────┼─ other exit, or no start at all ─▶ again, at most `max_restarts` times in a row
       └─────────┘
                 └─ removed: SIGTERM ─▶ drained ─▶ exit 0
 
@@ -165,9 +165,8 @@ class ProcessFleet:
             if code == 0:
                 self._log(f"worker {child.worker_id} has drained; starting it again")
                 continue
-            what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             may_start = restarts.died(clock())
-            self._log(f"worker {child.worker_id} {what}; {restarts.then(may_start)}")
+            self._log(f"worker {child.worker_id} {_ending(code, last_line)}; {restarts.then(may_start)}")
             if not may_start:
                 self._fail(child, Unavailable(f"worker {child.worker_id} died too often: {last_line}"))
                 return
@@ -179,18 +178,23 @@ class ProcessFleet:
         else:
             self._failure = error
 
-    async def _run_once(self, child: _Child) -> tuple[int, str]:
-        """Runs the worker to its end; returns its exit code and the last line it wrote to stderr."""
-        process = await asyncio.create_subprocess_exec(
-            *child.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=child_environment(self._config.engine.threads),
-            # Ctrl-C in the terminal is for this process, which then ends the workers in order.
-            start_new_session=True,
-            limit=LINE_BYTES_MAX,
-        )
+    async def _run_once(self, child: _Child) -> tuple[int | None, str]:
+        """Runs the worker to its end; returns its exit code and the last line it wrote to stderr, or None and why it
+        could not be started."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *child.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=child_environment(self._config.engine.threads),
+                # Ctrl-C in the terminal is for this process, which then ends the workers in order.
+                start_new_session=True,
+                limit=LINE_BYTES_MAX,
+            )
+        except OSError as error:
+            # No more processes, files or memory, for the moment perhaps.
+            return None, str(error.strerror)
         child.process = process
         try:
             last_line = await self._relay(child.worker_id, process)
@@ -217,6 +221,13 @@ class ProcessFleet:
                 print(line, file=sys.stderr, flush=True)
             elif line and not line.startswith(ERROR_PREFIX):
                 self._log(f"{worker_id}: {line}")
+
+
+def _ending(code: int | None, last_line: str) -> str:
+    """How a life ended, in words."""
+    if code is None:
+        return f"could not be started: {last_line}"
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> None:
