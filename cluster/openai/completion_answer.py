@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ class CompletionAnswer:
         self._with_logprobs = with_logprobs
         self._wants_usage = wants_usage
         self._frame = EventFrame(heading, KIND, has_usage=wants_usage)
-        # Characters of each choice's text that were sent, by its index among all.
-        self._sent = [0] * (len(echoed) * choices)
+        # Characters of each choice's text that were sent, by its index among all. Made as they come: nobody has looked
+        # yet at how many `choices` are asked for.
+        self._sent: defaultdict[int, int] = defaultdict(int)
 
     def whole(self, completes: Sequence[Complete]) -> dict[str, Any]:
         """`completes`: in the order of the prompts."""

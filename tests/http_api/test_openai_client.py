@@ -269,6 +269,8 @@ async def test_bad_requests(changes: dict[str, Any], param: str, message: str) -
         ({"echo": True, "logprobs": 1}, "echo: got True, expected false with logprobs"),
         ({"echo": True, "prompt": [5]}, "echo: got True, expected false where prompts are token ids"),
         ({"logprobs": 21}, "logprobs: got 21, expected an integer in [0, 20]"),
+        ({"n": 1 << 62}, "n: got 4611686018427387904, expected an integer in [1, 64]"),
+        ({"n": -(10**4299)}, "expected an integer in [1, 64]"),
     ],
 )
 async def test_bad_completions(changes: dict[str, Any], message: str) -> None:
