@@ -33,9 +33,9 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[CallField], Field(max_length=MANY)] | None = None
+    tool_calls: Annotated[list[CallField], Field(max_length=MANY, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     def turn(self, index: int) -> Message:
@@ -63,13 +63,13 @@ class ChatMessage(BaseModel):
 class ChatRequest(SamplingFields, ToolFields):
     """Without `max_completion_tokens` an answer may fill the model's context."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
     # Without effect on a model of text that has no such modes.
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ MAX_PROMPTS = 64
 # OpenAI's, where a request names none.
 DEFAULT_MAX_TOKENS = 16
 
-TokenIds = list[int]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
@@ -25,8 +25,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: int | None = None
     echo: bool | None = None

@@ -1,7 +1,8 @@
 """What requests of OpenAI's HTTP interface have in common: fields, their reading, and what they mean to the gateway.
 
 Fields have OpenAI's names and defaults; those that OpenAI lacks have vLLM's. null is the same as left out. What changes
-no answer (`user`, `metadata`, `store`, …) is taken and passed over; what nobody knows is refused, by name.
+no answer (`user`, `metadata`, `store`, …) is taken and passed over; what nobody knows is refused, by name. Lists are
+read to the first element that is wrong: of a body of wrong ones, all would be millions.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Text = Annotated[str, Field(max_length=1 << 20)]
 MANY = 4096
 # Of a field's name in an error: clients may have made it up.
 MAX_FIELD_CHARS = 256
+# Wrong fields of one request that are looked at: pydantic makes an object of each, and a body may hold a million.
+MAX_PROBLEMS = 64
 # Of the gateway's fields that headers stand for, their names.
 NAMES = {"objectives.ttft_ms": "x-slo-ttft-ms", "objectives.tpot_ms": "x-slo-tpot-ms", "request_id": "x-request-id"}
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
@@ -49,7 +52,7 @@ class SamplingFields(StructureFields):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=MANY)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MANY, fail_fast=True)] | None = None
     max_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -61,7 +64,7 @@ class SamplingFields(StructureFields):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MANY)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MANY, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -178,6 +181,8 @@ def _biases(biases: Mapping[str, float]) -> list[tuple[int, float]]:
 
 
 def _first_problem(kind: type[BaseModel], error: ValidationError) -> InvalidArgument:
+    if (count := error.error_count()) > MAX_PROBLEMS:
+        return InvalidArgument("body", f"{count} wrong or unknown fields", "those that the interface has")
     problem = error.errors(include_url=False, include_context=True)[0]
     # Of a union pydantic names each branch, which no client knows.
     path = [part for part in problem["loc"] if isinstance(part, int) or _is_key(part)]

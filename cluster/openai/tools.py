@@ -79,7 +79,7 @@ class CallField(BaseModel):
 class ToolFields(BaseModel):
     """Without `tool_choice` the model decides whether it calls any."""
 
-    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
 

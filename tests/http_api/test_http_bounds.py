@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -13,8 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 import uvloop
+from pydantic import BaseModel, ValidationError
 
 from cluster.http import protocol
+from cluster.http.model_facts import DetokenizeRequest, TokenizeRequest
+from cluster.openai.chat_request import ChatRequest
+from cluster.openai.completion_request import CompletionRequest
 from cluster.security.certs import make_certs
 from kvtransfer.rpc_tls import Tls
 from tests.http_api.web import MAX_BODY_BYTES, Web, eventually, web
@@ -95,6 +100,48 @@ async def test_a_body_that_is_too_large(is_stated: bool) -> None:
         answer = await client.post(f"{running.url}/chat/completions", content=content)
     assert answer.status_code == 413
     assert f"at most {MAX_BODY_BYTES}" in answer.json()["error"]["message"]
+
+
+MANY = 5000
+ELEMENTS = b"[" + b"{}," * MANY + b"{}]"
+KEYS = b"{" + b",".join(b'"%x":""' % number for number in range(MANY)) + b"}"
+MESSAGES = b'{"messages":[{"role":"user","content":"a"}],'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, b'{"prompt":' + ELEMENTS + b"}"),
+        (CompletionRequest, b'{"prompt":[' + ELEMENTS + b"]}"),
+        (CompletionRequest, b'{"prompt":"a","stop":' + ELEMENTS + b"}"),
+        (CompletionRequest, b'{"prompt":"a","stop_token_ids":' + ELEMENTS + b"}"),
+        (CompletionRequest, b'{"prompt":"a","guided_choice":' + ELEMENTS + b"}"),
+        (ChatRequest, b'{"messages":' + ELEMENTS + b"}"),
+        (ChatRequest, b'{"messages":[{"role":"user","content":' + ELEMENTS + b"}]}"),
+        (ChatRequest, b'{"messages":[{"role":"assistant","tool_calls":' + ELEMENTS + b"}]}"),
+        (ChatRequest, MESSAGES + b'"tools":' + ELEMENTS + b"}"),
+        (ChatRequest, MESSAGES + b'"modalities":' + ELEMENTS + b"}"),
+        (TokenizeRequest, b'{"messages":' + ELEMENTS + b"}"),
+        (TokenizeRequest, MESSAGES + b'"tools":' + ELEMENTS + b"}"),
+        (DetokenizeRequest, b'{"tokens":' + ELEMENTS + b"}"),
+    ],
+)
+def test_a_list_is_read_to_its_first_wrong_element(kind: type[BaseModel], body: bytes) -> None:
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate_json(body)
+    # One for each branch of a union, and for each field of the first element.
+    assert raised.value.error_count() <= 4
+
+
+@pytest.mark.parametrize(
+    "body", [KEYS, b'{"prompt":"a","logit_bias":' + KEYS + b"}", b'{"prompt":"a","stream_options":' + KEYS + b"}"]
+)
+async def test_what_is_wrong_with_a_body_is_not_listed_without_end(body: bytes) -> None:
+    async with web() as running, httpx.AsyncClient() as client:
+        answer = await client.post(f"{running.url}/completions", content=body)
+    assert answer.status_code == 400
+    # The prompt that one of them lacks is a problem too.
+    assert re.search(rf"got '({MANY}|{MANY + 1}) wrong or unknown fields'", answer.text)
 
 
 async def test_a_reader_that_stops_costs_its_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
