@@ -25,6 +25,8 @@ MAX_HEADER_BYTES = 16 << 10
 REQUEST_S = 20.0
 # Slower readers than this pay from `slow_reader_s`.
 SLOWEST_BYTES_PER_S = 1 << 10
+# Requests of one connection that are not answered yet.
+MAX_PIPELINED = 32
 # Of an answer, before whoever writes it has to wait for its reader.
 WRITE_BUFFER_BYTES = 16 << 10
 
@@ -44,6 +46,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._slow_reader_s = slow_reader_s
         self._opened = opened
         self._header_bytes, self._is_too_large = 0, False
+        # Since the parser last told of anything: it keeps a header until that is whole.
+        self._untold_bytes = 0
+        self._is_receiving = False
         # Requests that are not answered yet, in order.
         self._cycles: deque[RequestResponseCycle] = deque()
         self._request_timer: asyncio.TimerHandle | None = None
@@ -72,10 +77,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._request_timer is None and self._is_between_requests():
             self._expect_request()
+        self._untold_bytes += len(data)
         super().data_received(data)
+        if self._untold_bytes > MAX_HEADER_BYTES:
+            self._is_too_large = True
+            self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        self._header_bytes = 0
+        self._header_bytes = self._untold_bytes = 0
+        self._is_receiving = True
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -91,8 +101,16 @@ class BoundedProtocol(HttpToolsProtocol):
         while self._cycles and self._cycles[0].response_complete:
             self._cycles.popleft()
         self._cycles.append(self.cycle)
+        if len(self._cycles) > MAX_PIPELINED:
+            self._abort()
+            raise ValueError(f"more than {MAX_PIPELINED} requests that are not answered")
+
+    def on_body(self, body: bytes) -> None:
+        self._untold_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._is_receiving = False
         if self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
@@ -105,6 +123,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._request_timer = self.loop.call_later(REQUEST_S, self._abort)
 
     def _count_header(self, count: int) -> None:
+        self._untold_bytes = 0
         self._header_bytes += count
         if self._header_bytes > MAX_HEADER_BYTES:
             self._is_too_large = True
@@ -113,6 +132,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no request is answered here: no handler has been found for it."""
+        if self.transport.is_closing():
+            return
         status, message = "400 Bad Request", "this is no HTTP request"
         if self._is_too_large:
             status, message = "431 Request Header Fields Too Large", f"more than {MAX_HEADER_BYTES} bytes of headers"
@@ -120,22 +141,47 @@ class BoundedProtocol(HttpToolsProtocol):
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+        self._wait_for_reader()
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._wait_for_reader()
+        elif self._is_receiving and self._request_timer is None and not self.pipeline:
+            # Began behind another one: from now on it is read, and not before.
+            self._expect_request()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self._abort()
+        super().timeout_keep_alive_handler()
+
+    def eof_received(self) -> None:
+        # The transport is closed after this.
+        self._wait_for_reader()
+
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        # One that is closed waits on, for the last byte.
+        if self._reader_timer is not None and not self.transport.is_closing():
+            self._reader_timer.cancel()
+            self._reader_timer = None
+            self._waited_s += max(0.0, self.loop.time() - self._waits_since_s - self._allowed_s)
+
+    def _wait_for_reader(self) -> None:
+        """So long as may be for what is written and not sent; closing a transport waits for that without end."""
+        if self._reader_timer is not None:
+            return
         self._waits_since_s = self.loop.time()
         self._allowed_s = self.transport.get_write_buffer_size() / SLOWEST_BYTES_PER_S
         left_s = self._slow_reader_s - self._waited_s + self._allowed_s
         self._reader_timer = self.loop.call_later(max(0.0, left_s), self._abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
-            self._waited_s += max(0.0, self.loop.time() - self._waits_since_s - self._allowed_s)
 
     def _abort(self) -> None:
         if self.transport is not None:

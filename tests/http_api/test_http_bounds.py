@@ -50,12 +50,18 @@ async def ended(reader: asyncio.StreamReader) -> bytes:
             return b""
 
 
-@pytest.mark.parametrize("beginning", [b"", b"POST /v1/chat/comp", request(b"x" * 100)[:-50]])
+HEALTH = b"GET /health HTTP/1.1\r\n\r\n"
+# The last ones begin behind a request that is answered.
+BEGINNINGS = [b"", b"POST /v1/chat/comp", request(b"x" * 100)[:-50]]
+BEGINNINGS += [HEALTH + beginning for beginning in BEGINNINGS[1:]]
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
 async def test_a_request_that_never_ends(beginning: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "REQUEST_S", 0.2)
     async with web() as running, connection(running) as (reader, writer), httpx.AsyncClient() as other:
         writer.write(beginning)
-        assert await ended(reader) == b""
+        assert (await ended(reader)).count(b"HTTP/1.1 200 OK") == beginning.count(HEALTH)
         assert (await other.post(f"{running.url}/chat/completions", json=CHAT)).status_code == 200
 
 
@@ -73,12 +79,37 @@ async def test_a_slow_request_that_comes_in_time(monkeypatch: pytest.MonkeyPatch
             await reader.readexactly(int(length.split(b":")[1]))
 
 
-async def test_headers_that_never_end() -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        request(b"", *(f"x-{number}: {'a' * 200}" for number in range(100))),
+        b"GET /health HTTP/1.1\r\nx-long: " + b"a" * (1 << 17),
+        b"GET /health HTTP/1.1\r\n" + b"a" * (1 << 20),
+        b"GET /" + b"a" * (1 << 17),
+        b"GET /health HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx-trailer: " + b"a" * (1 << 17),
+    ],
+    ids=["many", "value", "name", "path", "trailer"],
+)
+async def test_headers_that_never_end(head: bytes) -> None:
     async with web() as running, connection(running) as (reader, writer):
-        writer.write(request(b"", *(f"x-{number}: {'a' * 200}" for number in range(100))))
-        answer = await ended(reader)
-    assert answer.startswith(b"HTTP/1.1 431 ")
+        answering = asyncio.create_task(ended(reader))
+        for at in range(0, len(head), 4096):
+            if answering.done():
+                break
+            writer.write(head[at : at + 4096])
+            await asyncio.wait([answering], timeout=0.02)
+        answer = await answering
+    assert b"HTTP/1.1 431 " in answer
     assert b"more than 16384 bytes of headers" in answer
+    assert at < 40_000
+
+
+async def test_headers_of_almost_the_limit_may_come_in_pieces() -> None:
+    async with web() as running, connection(running) as (reader, writer):
+        for byte in b"GET /health HTTP/1.1\r\nconnection: close\r\nx-long: " + b"a" * 16_300 + b"\r\n\r\n":
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        assert (await ended(reader)).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_what_is_no_request() -> None:
@@ -161,6 +192,34 @@ async def test_a_reader_that_stops_costs_its_own_answer(monkeypatch: pytest.Monk
         silent.close()
 
 
+@pytest.mark.parametrize("last", [b"", b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n", b"?\r\n\r\n", None])
+async def test_a_connection_ends_although_its_answers_are_not_read(
+    last: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SLOWEST_BYTES_PER_S", 1 << 20)
+    monkeypatch.setattr("cluster.http.server.SEND_BUFFER_BYTES", 4096)
+    monkeypatch.setattr("cluster.http.server.KEEP_ALIVE_S", 0.3 if last == b"" else 60)
+    async with web(slow_reader_s=0.3) as running:
+        with socket.socket() as silent:
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            silent.connect(("127.0.0.1", running.server.port))
+            state = running.server._server.server_state
+            await eventually(lambda: state.connections)
+            (transport,) = (each.transport for each in state.connections)
+            # Too little to make its writer wait.
+            for sent in range(1000):
+                if transport.get_write_buffer_size() > 1000:
+                    break
+                silent.sendall(HEALTH)
+                await eventually(lambda: state.total_requests > sent)  # noqa: B023 - it is waited for here
+            assert 1000 < transport.get_write_buffer_size() < protocol.WRITE_BUFFER_BYTES
+            if last is None:
+                silent.shutdown(socket.SHUT_WR)
+            else:
+                silent.sendall(last)
+            await eventually(lambda: not state.connections)
+
+
 async def test_a_reader_that_is_slow_but_reads_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "SLOWEST_BYTES_PER_S", 100 << 10)
     asked = {**CHAT, "stream": True, "max_tokens": 100, "n": 64, "logprobs": True}
@@ -232,6 +291,14 @@ async def test_pipelined_requests_are_answered_in_turn() -> None:
         answer = await ended(reader)
     assert answer.count(b"HTTP/1.1 200 OK") == 3
     assert answer.endswith(b'{"status":"ok"}')
+
+
+async def test_more_pipelined_requests_than_anybody_needs() -> None:
+    async with web("a" * 500) as running, connection(running) as (reader, writer):
+        writer.write(request(json.dumps({**CHAT, "max_tokens": 400}).encode()) + HEALTH * 32)
+        assert await ended(reader) == b""
+        await running.until_idle()
+        assert len(running.fake.cancels) <= 1
 
 
 async def test_who_sends_the_next_request_and_goes_away_has_gone_for_all_of_them() -> None:
