@@ -293,6 +293,33 @@ async def test_pipelined_requests_are_answered_in_turn() -> None:
     assert answer.endswith(b'{"status":"ok"}')
 
 
+@pytest.mark.parametrize("protocols", ["h2c", "websocket", "h2c, websocket"])
+async def test_an_upgrade_is_passed_over(protocols: str) -> None:
+    headers = ("connection: Upgrade, HTTP2-Settings", f"upgrade: {protocols}", "http2-settings: AAMAAABkAAQAAP__")
+    asked = json.dumps({**CHAT, "user": "GET /health HTTP/1.1\r\n\r\n"}).encode()
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(asked), asked)
+    head = request(b"", *headers).replace(b"content-length: 0", b"transfer-encoding: chunked")
+    async with web() as running, connection(running) as (reader, writer):
+        writer.write(request(asked, *headers) + request(asked) + head + chunked)
+        # Also when the body comes later than its head, and is a request by itself.
+        body = b"GET /v1/models HTTP/1.1\r\n\r\n"
+        parts = [request(body, *headers)[: -len(body)], body, b"GET /health HTTP/1.1\r\n"]
+        parts.append("\r\n".join([*headers, "connection: close", "", ""]).encode())
+        for part in parts:
+            await asyncio.sleep(0.01)
+            writer.write(part)
+        answer = await ended(reader)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"200", b"200", b"200", b"400", b"200"]
+    assert answer.endswith(b'{"status":"ok"}')
+
+
+async def test_there_is_no_tunnel() -> None:
+    async with web() as running, connection(running) as (reader, writer):
+        writer.write(b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n" + HEALTH)
+        answer = await ended(reader)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"400"]
+
+
 async def test_more_pipelined_requests_than_anybody_needs() -> None:
     async with web("a" * 500) as running, connection(running) as (reader, writer):
         writer.write(request(json.dumps({**CHAT, "max_tokens": 400}).encode()) + HEALTH * 32)
