@@ -7,11 +7,12 @@ read to the first element that is wrong: of a body of wrong ones, all would be m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from cluster.messages import GenerateRequest, Message
 from cluster.openai.structure import StructureFields
@@ -183,16 +184,15 @@ def _biases(biases: Mapping[str, float]) -> list[tuple[int, float]]:
 def _first_problem(kind: type[BaseModel], error: ValidationError) -> InvalidArgument:
     if (count := error.error_count()) > MAX_PROBLEMS:
         return InvalidArgument("body", f"{count} wrong or unknown fields", "those that the interface has")
-    problem = error.errors(include_url=False, include_context=True)[0]
-    # Of a union pydantic names each branch, which no client knows.
-    path = [part for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
+    problem = _told_problem(error.errors(include_url=False))
+    path = _path(problem)
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     if len(field) > MAX_FIELD_CHARS:
         field = f"{field[:MAX_FIELD_CHARS]}..."
     if problem["type"] == "json_invalid":
         return InvalidArgument("body", "something else", f"JSON: {problem['msg']}")
     if problem["type"] == "extra_forbidden":
-        near = get_close_matches(str(path[-1]), _known(kind), n=1) if path else []
+        near = get_close_matches(str(path[-1])[:MAX_FIELD_CHARS], _known(kind), n=1)
         return InvalidArgument(field, "a field that nobody knows", f"{near[0]}?" if near else "none of that name")
     if problem["type"] == "missing":
         return InvalidArgument(field, None, "a value")
@@ -200,8 +200,30 @@ def _first_problem(kind: type[BaseModel], error: ValidationError) -> InvalidArgu
     return InvalidArgument(field or "body", problem["input"], message)
 
 
+def _told_problem(problems: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first one. Where a field may be of several types, each has its own, and the one that fits best is told: that
+    got as far as counting, or else furthest into the value."""
+    where = _path(problems[0])
+    of_the_field = [problem for problem in problems if _path(problem)[: len(where)] == where]
+
+    def fit(problem: ErrorDetails) -> tuple[bool, list[int], int]:
+        indices = [part for part in problem["loc"] if isinstance(part, int)]
+        return problem["type"] == "too_long", indices, len(problem["loc"])
+
+    return max(of_the_field, key=fit)
+
+
+def _path(problem: ErrorDetails) -> list[int | str]:
+    """To what is wrong. Of a field with several types pydantic names the type as well, which no client knows."""
+    *before, last = problem["loc"] or ("",)
+    is_given = problem["type"] in ("extra_forbidden", "missing")
+    path = [part for part in before if isinstance(part, int) or _is_key(part)]
+    return [*path, last] if is_given or isinstance(last, int) or _is_key(last) else path
+
+
 def _is_key(part: str) -> bool:
-    return part.isidentifier() and part not in ("str", "int", "float", "bool", "function-after")
+    # Models have names in capitals.
+    return part.isidentifier() and part.islower() and part not in ("str", "int", "float", "bool")
 
 
 def _known(kind: type[BaseModel]) -> list[str]:
