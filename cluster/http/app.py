@@ -104,11 +104,9 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, TandemError), "handlers are chosen by class"
     if isinstance(error, Cancelled):
         return Response(status_code=CLIENT_GONE)
-    response = error_response(error_answer(error))
     # What its logs and traces know it by, as far as it came.
-    if request_id := getattr(request.state, "request_id", ""):
-        response.headers["x-request-id"] = request_id
-    return response
+    request_id = getattr(request.state, "request_id", "")
+    return error_response(error_answer(error), {"x-request-id": request_id} if request_id else None)
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

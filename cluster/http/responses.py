@@ -20,12 +20,13 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(to_json(content), status, headers, JSON)
 
 
-def error_response(error: ErrorAnswer) -> Response:
-    return json_response(error.body, error.status, error.headers)
+def error_response(error: ErrorAnswer, headers: Mapping[str, str] | None = None) -> Response:
+    return json_response(error.body, error.status, {**error.headers, **(headers or {})})
 
 
 class EventStream(Response):
     """Server-sent events. An error before the first of them has a status of its own; later it is one more event.
+    `headers`: of the answer, and of such an error.
 
     When its client goes away, `events` is closed, and with it whatever computes them: all in one task, the one that
     reads them.
@@ -38,6 +39,7 @@ class EventStream(Response):
         super().__init__(b"", 200, {"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._events = events
+        self._own_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(Cancelled):
@@ -55,7 +57,7 @@ class EventStream(Response):
             except TandemError as error:
                 answer = error_answer(error)
                 if not has_begun:
-                    await error_response(answer)(scope, receive, send)
+                    await error_response(answer, self._own_headers)(scope, receive, send)
                     return
                 await send({"type": "http.response.body", "body": event(answer.body) + DONE, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -42,9 +42,11 @@ async def test_a_bad_header_is_passed_over(header: str) -> None:
 @pytest.mark.parametrize(
     ("body", "status"), [({"prompt": "hello", "max_tokens": 4}, 200), ({"prompt": ""}, 400), ({"promt": "x"}, 400)]
 )
-async def test_every_answer_names_its_request(body: dict[str, object], status: int) -> None:
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_every_answer_names_its_request(body: dict[str, object], status: int, is_streamed: bool) -> None:
+    asked = {"model": "tiny", "stream": is_streamed, **body}
     async with web() as here, httpx.AsyncClient(base_url=here.root) as client:
-        given = await client.post("/v1/completions", json={"model": "tiny", **body}, headers={"x-request-id": "mine"})
+        given = await client.post("/v1/completions", json=asked, headers={"x-request-id": "mine"})
         assert (given.status_code, given.headers["x-request-id"]) == (status, "mine")
-        made = await client.post("/v1/completions", json={"model": "tiny", **body})
+        made = await client.post("/v1/completions", json=asked)
         assert len(made.headers["x-request-id"]) == 16
