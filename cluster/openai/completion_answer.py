@@ -34,9 +34,9 @@ class CompletionAnswer:
         self._with_logprobs = with_logprobs
         self._wants_usage = wants_usage
         self._frame = EventFrame(heading, KIND, has_usage=wants_usage)
-        # Characters of each choice's text that were sent, by its index among all. Made as they come: nobody has looked
-        # yet at how many `choices` are asked for.
-        self._sent: defaultdict[int, int] = defaultdict(int)
+        # Where each choice's next token begins, by its index among all; its text may be held back. Made as they come:
+        # nobody has looked yet at how many `choices` are asked for.
+        self._offsets: defaultdict[int, int] = defaultdict(int)
 
     def whole(self, completes: Sequence[Complete]) -> dict[str, Any]:
         """`completes`: in the order of the prompts."""
@@ -69,8 +69,9 @@ class CompletionAnswer:
         yield DONE
 
     def _event(self, index: int, text: str, tokens: Sequence[Sampled], reason: str | None = None) -> bytes:
-        logprobs = self._logprobs(tokens, self._sent[index]) if tokens else None
-        self._sent[index] += len(text)
+        logprobs = self._logprobs(tokens, self._offsets[index]) if tokens else None
+        if logprobs is not None:
+            self._offsets[index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
         return self._frame.event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
 
     def _whole_choice(self, prompt: int, choice: Choice) -> dict[str, Any]:

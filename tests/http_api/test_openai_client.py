@@ -121,8 +121,22 @@ async def test_logprobs() -> None:
     assert legacy is not None
     assert legacy.tokens is not None
     assert legacy.text_offset is not None
-    assert len(legacy.tokens) == len(legacy.text_offset) == len(legacy.token_logprobs or [])
+    # Half a character shows as one.
+    assert (legacy.tokens, legacy.text_offset) == (["\ufffd", "\ufffd", ".", "<|end|>"], [0, 1, 2, 3])
+    assert len(legacy.token_logprobs or []) == 4
     assert [submit.params.logprobs for _, submit in running.fake.submits] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("text", [TEXT, "aé.", "One, two"])
+async def test_offsets_are_those_of_the_whole_answer_also_while_text_is_held_back(text: str) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ["A", "B"], "logprobs": 0, "n": 2, "stop": [", thx"]}
+    async with web(text) as running, client(running) as ai:
+        whole = await ai.completions.create(**asked)
+        chunks = [chunk.choices[0] async for chunk in await ai.completions.create(**asked, stream=True)]
+    for choice in whole.choices:
+        parts = [chunk.logprobs for chunk in chunks if chunk.index == choice.index and chunk.logprobs]
+        assert choice.logprobs is not None
+        assert [offset for part in parts for offset in part.text_offset or []] == choice.logprobs.text_offset
 
 
 async def test_what_a_request_asks_for_is_what_workers_get() -> None:
