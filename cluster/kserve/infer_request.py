@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+from pydantic import Field
 from pydantic_core import from_json
 from tandem.kserve import open_inference_pb2 as pb
 
@@ -44,7 +45,7 @@ LISTS = frozenset({"stop", "stop_token_ids", "guided_choice"})
 class InferFields(SamplingFields):
     """All that may stand beside the prompt. `timeout` is in microseconds, as Triton has it."""
 
-    timeout: int | None = None
+    timeout: Annotated[int, Field(gt=0, lt=1 << 63)] | None = None
     exclude_input_in_output: bool | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None

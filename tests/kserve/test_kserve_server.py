@@ -179,6 +179,7 @@ BAD = [
     (request(slo_class="gold"), "slo_class"),
     (request(ttft_ms=-5.0), "ttft_ms"),
     (request(timeout=0), "timeout"),
+    (request(timeout="1" + "0" * 400), "timeout"),
     (request(stream=True), "stream"),
     (request(tensor("stream", "BOOL", True)), "stream"),
     (request(tensor("input_ids", "INT64", 1), text=None, exclude_input_in_output=False), "exclude_input_in_output"),
