@@ -51,7 +51,8 @@ class ErrorAnswer:
 
 
 def error_answer(error: TandemError) -> ErrorAnswer:
-    """What a client is told. Of errors that are no business of its own, nothing but that there was one."""
+    """What a client is told. Of errors that are no business of its own, nothing but that there was one: who runs
+    this side has the rest, beside the request's id."""
     match error:
         case BodyTooLarge():
             return ErrorAnswer(413, _body(str(error), INVALID, None))
@@ -71,7 +72,7 @@ def error_answer(error: TandemError) -> ErrorAnswer:
         case Unavailable():
             return ErrorAnswer(503, _body(str(error), "service_unavailable_error", "unavailable"), RETRY_S)
         case _:
-            return ErrorAnswer(500, _body(str(error), "server_error", type(error).__name__))
+            return INTERNAL
 
 
 def http_error(status: int, message: str) -> ErrorAnswer:

@@ -15,11 +15,12 @@ import pytest
 
 from cluster.gateway_config import GatewayConfig
 from cluster.http.server import start_http
+from cluster.openai.errors import error_answer
 from cluster.security.api_keys import new_key
 from cluster.security.auth_config import AuthConfig, QuotaConfig
 from cluster.security.certs import make_certs
 from cluster.security.clients import Clients
-from engine.errors import ConfigError
+from engine.errors import ConfigError, ModelFileError, TandemError, TransferFailed
 from kvtransfer.rpc_tls import Tls
 from tests.cluster.serving import CONFIG
 from tests.http_api.web import TOKENIZER, eventually, web
@@ -154,6 +155,18 @@ async def test_a_bug_is_logged_and_told_as_one(
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "internal error"
     assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [TransferFailed("10.0.0.3:50061 sent half of it"), ModelFileError("/models/x.gguf", "truncated")]
+)
+def test_what_goes_wrong_inside_is_not_told(error: TandemError) -> None:
+    answer = error_answer(error)
+    assert (answer.status, answer.body["error"]["message"], answer.body["error"]["code"]) == (
+        500,
+        "internal error",
+        None,
+    )
 
 
 async def test_certificates_and_new_ones(tmp_path: Path) -> None:
