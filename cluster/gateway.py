@@ -120,7 +120,8 @@ class Gateway:
         with self._request_ids.to_come():
             run = await self._start(request)
         try:
-            with self._request_ids.own(request.tenant, request.request_id) as run.request_id:
+            own_id = self._request_ids.own(request.tenant, request.request_id, is_shared=request.shares_id)
+            with own_id as run.request_id:
                 async with self._admission.place(run.deadline_s, self._give_up_s(run)) as place:
                     run.admitted_s = asyncio.get_running_loop().time()
                     while not run.is_over:

@@ -48,7 +48,7 @@ class GenerateRequest:
     worker is lost ("recompute", "retry", "fail"), "" for the gateway's default. `tenant`: whose request it is, "" where
     nobody is told apart. `fills_context`: the answer may be as long as the model's context allows, whatever
     `params.max_tokens` says. `tools`: what a chat's answer may call. `trace`: the client's span, None where it has
-    none."""
+    none. `shares_id`: others that run may have its id, and it goes by one that begins so then."""
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[Message, ...] = field(repr=False)
@@ -63,6 +63,7 @@ class GenerateRequest:
     fills_context: bool = False
     tools: tuple[Tool, ...] = ()
     trace: TraceContext | None = None
+    shares_id: bool = False
 
 
 @dataclass(frozen=True, slots=True)

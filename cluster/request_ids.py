@@ -26,10 +26,13 @@ class RequestIds:
         return request_id
 
     @contextmanager
-    def own(self, tenant: str, request_id: str) -> Iterator[str]:
-        """Takes an id, a new one for "", until the request is over. Raises InvalidArgument for one that is taken."""
+    def own(self, tenant: str, request_id: str, *, is_shared: bool = False) -> Iterator[str]:
+        """Takes an id, a new one for "", until the request is over. Of an id that is taken, one with something new
+        behind it where it `is_shared`; else raises InvalidArgument."""
         if (tenant, request_id) in self._taken:
-            raise InvalidArgument("request_id", request_id, "an id that no running request has")
+            if not is_shared:
+                raise InvalidArgument("request_id", request_id, "an id that no running request has")
+            request_id = f"{request_id}-{self.new(tenant)}"
         request_id = request_id or self.new(tenant)
         self._taken.add((tenant, request_id))
         try:

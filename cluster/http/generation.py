@@ -47,7 +47,7 @@ class Generation:
         asked = parse(ChatRequest, await read_body(request, self._max_body_bytes))
         tokenizer = self._gateway.tokenizer
         generate = asked.generate_request(request_id, objectives(request.headers), caller.tenant, tokenizer)
-        generate = replace(generate, trace=trace_of(request.headers.items()))
+        generate = replace(generate, trace=trace_of(request.headers.items()), shares_id=True)
         reader = None
         if generate.tools and tokenizer is not None:
             reader = partial(ToolReader, tokenizer.tool_syntax, {tool.name for tool in generate.tools})
@@ -70,7 +70,7 @@ class Generation:
         asked = parse(CompletionRequest, await read_body(request, self._max_body_bytes))
         generates = asked.generate_requests(request_id, objectives(request.headers), caller.tenant)
         trace = trace_of(request.headers.items())
-        generates = [replace(generate, trace=trace) for generate in generates]
+        generates = [replace(generate, trace=trace, shares_id=True) for generate in generates]
         answer = CompletionAnswer(
             self._heading("cmpl", request_id),
             self._texts,
@@ -145,7 +145,7 @@ class Generation:
     # ── one call ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _request_id(self, request: Request, caller: Caller) -> str:
-        """What the caller named it, so that its own logs and these agree."""
+        """What the caller named it, so that its own logs and these agree. Proxies pass one on to several requests."""
         given = request.headers.get("x-request-id", "")
         if len(given) > MAX_REQUEST_ID_CHARS or not given.isprintable():
             raise InvalidArgument("x-request-id", given, f"at most {MAX_REQUEST_ID_CHARS} printable characters")

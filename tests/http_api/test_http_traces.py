@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import openai
 import pytest
 
+from tests.cluster.serving import CONFIG
 from tests.http_api.web import web
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -50,3 +53,17 @@ async def test_every_answer_names_its_request(body: dict[str, object], status: i
         assert (given.status_code, given.headers["x-request-id"]) == (status, "mine")
         made = await client.post("/v1/completions", json=asked)
         assert len(made.headers["x-request-id"]) == 16
+
+
+async def test_requests_at_once_may_have_one_name() -> None:
+    config = CONFIG.model_copy(update={"max_running": 6})
+    headers = {"x-request-id": "mine"}
+    async with web(config=config) as here, httpx.AsyncClient(base_url=here.root, headers=headers) as client:
+        chats = [client.post("/v1/chat/completions", json={"messages": CHAT}) for _ in range(2)]
+        plain = [client.post("/v1/completions", json={"prompt": ["a", "b"], "stream": each}) for each in (False, True)]
+        answers = await asyncio.gather(*chats, *plain)
+        ids = [recent.ended.request_id for recent in here.recorder.recent.newest(10, part="mine")]
+    assert [(answer.status_code, answer.headers["x-request-id"]) for answer in answers] == [(200, "mine")] * 4
+    # Each by its own id inside, whose beginning everybody knows.
+    assert len(set(ids)) == 6
+    assert {"mine", "mine-0", "mine-1"} < set(ids)
