@@ -5,6 +5,7 @@ body ─▶ request (openai/*_request.py) ─▶ gateway.generate ─▶ answer 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -69,6 +70,9 @@ class Generation:
         request_id = self._request_id(request, caller)
         asked = parse(CompletionRequest, await read_body(request, self._max_body_bytes))
         generates = asked.generate_requests(request_id, objectives(request.headers), caller.tenant)
+        # The call itself was counted for the first.
+        now = asyncio.get_running_loop().time()
+        self._gateway.quotas.further_calls(caller.tenant, len(generates) - 1, now)
         trace = trace_of(request.headers.items())
         generates = [replace(generate, trace=trace, shares_id=True) for generate in generates]
         answer = CompletionAnswer(

@@ -1,6 +1,6 @@
 """How much each tenant may ask for, and who is refused for having asked for more. Pure.
 
-    call()    one call of any method, before its request is read
+    call()    one call of any method, before its request is read; further_calls() when it holds several
     charge()  a request: its prompt, the most that it may draw, a place among those at once ─▶ Charge
     settle()  it is over: what was reserved and not used is given back
 
@@ -67,6 +67,20 @@ class Quotas:
         if wait_s := calls.wait_s(1, now):
             raise self._refusal("requests_per_s", wait_s)
         calls.take(1, now)
+
+    def further_calls(self, tenant: str, count: int, now: float) -> None:
+        """Counts all that one call asks for beyond its first request, or nothing of it. Raises Overloaded;
+        InvalidArgument for more than the tenant may ask for at once."""
+        calls = self._usage(tenant).calls
+        if calls is None or not count:
+            return
+        if count + 1 > calls.size:
+            limit = f"at most {calls.size:g} requests in one call: this tenant's requests_per_s"
+            raise InvalidArgument("prompt", f"{count + 1} prompts", limit)
+        if calls.wait_s(count, now):
+            # Who comes again calls again.
+            raise self._refusal("requests_per_s", calls.wait_s(count + 1, now))
+        calls.take(count, now)
 
     def charge(self, tenant: str, prompt_tokens: int, max_tokens: int, now: float) -> Charge:
         """Charges a request for its prompt, and reserves `max_tokens`, all of its choices' together. Raises Overloaded;

@@ -157,6 +157,16 @@ async def test_a_bug_is_logged_and_told_as_one(
     assert "ZeroDivisionError" in caplog.text
 
 
+async def test_each_prompt_of_a_completion_counts_as_a_call() -> None:
+    config = CONFIG.model_copy(update={"quota": QuotaConfig(requests_per_s=0.01, burst=4)})
+    async with web(config=config) as running, httpx.AsyncClient(base_url=running.url) as client:
+        counts = (3, 2, 1, 1)
+        answers = [await client.post("completions", json={"prompt": ["a"] * count}) for count in counts]
+        answers.append(await client.post("completions", json={"prompt": ["a"] * 5}))
+    assert [answer.status_code for answer in answers] == [200, 429, 429, 429, 429]
+    assert len(running.fake.submits) == 3
+
+
 @pytest.mark.parametrize(
     "error", [TransferFailed("10.0.0.3:50061 sent half of it"), ModelFileError("/models/x.gguf", "truncated")]
 )

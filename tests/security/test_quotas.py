@@ -57,6 +57,21 @@ def test_a_burst_that_is_not_named_is_a_seconds_worth(rate: float, burst: int) -
         quotas.call("acme", 0.0)
 
 
+def test_all_requests_of_a_call_are_let_in_or_none() -> None:
+    quotas = Quotas(QuotaConfig(requests_per_s=2, burst=4), {})
+    quotas.call("acme", 10.0)
+    quotas.further_calls("acme", 2, 10.0)
+    with pytest.raises(Overloaded) as caught:
+        quotas.further_calls("acme", 2, 10.0)
+    # One is left of the four, and who comes again needs three.
+    assert (caught.value.retry_after_s, quotas.refused_count) == (1.0, 1)
+    quotas.call("acme", 11.0)
+    quotas.further_calls("acme", 2, 11.0)
+    with pytest.raises(InvalidArgument, match=r"prompt: got '5 prompts', expected at most 4 requests in one call"):
+        quotas.further_calls("acme", 4, 100.0)
+    quotas.further_calls("acme", 0, 11.0)
+
+
 def test_a_request_reserves_its_longest_answer_and_gets_back_what_was_not_drawn() -> None:
     quotas = Quotas(QuotaConfig(tokens_per_minute=600), {})
     charge = quotas.charge("acme", 100, 400, 0.0)
