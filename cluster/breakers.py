@@ -4,8 +4,8 @@
                            ▲                        ▲ ◀── it ends without either ─────┤
                            └──────────────── its failure, twice the time ─────────────┘
 
-A worker that has restarted (a new incarnation) begins as CLOSED. One breaker per worker that failed lately; the view is
-told who is to be shunned.
+One breaker per worker that failed lately, as long as the view knows it: one that has restarted begins as CLOSED. The
+view is told who is to be shunned. Where a pull has failed, complaints.py says whose failure it was.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.registry import WorkerReport
+from cluster.complaints import Complaints
 from cluster.routing.booking import Booking
 from cluster.routing.view import ClusterView
 
 
 @dataclass(slots=True, eq=False)
 class _Breaker:
-    """`incarnation` of the worker that failed, None where it was not known. `timer` runs while OPEN."""
+    """`timer` runs while OPEN."""
 
-    incarnation: int | None
     failures: int = 0
     opened_s: float = 0.0
     timer: asyncio.TimerHandle | None = None
@@ -48,13 +47,17 @@ class Breakers:
         self._max_shun_s = max_shun_s
         self._readmitted = readmitted
         self._breakers: dict[str, _Breaker] = {}
+        self._complaints = Complaints()
+        view.on_removed = self._forget
 
     def failed(self, worker_id: str, booking: Booking) -> None:
         """A request failed there. One that was sent before the breaker opened says nothing new."""
+        if not self._view.knows(worker_id):
+            return
         loop = asyncio.get_running_loop()
         breaker = self._breakers.get(worker_id)
         if breaker is None:
-            breaker = self._breakers[worker_id] = _Breaker(self._view.incarnation(worker_id))
+            breaker = self._breakers[worker_id] = _Breaker()
         elif breaker.timer is not None or booking.routed_s < breaker.opened_s:
             return
         breaker.opened_s = loop.time()
@@ -66,15 +69,29 @@ class Breakers:
         breaker.timer = loop.call_later(shun_s, self._half_open, worker_id, breaker)
         self._view.shun(worker_id)
 
+    def pull_failed(self, booking: Booking) -> None:
+        """The prompt's KV did not come from the prefill worker to the decode worker."""
+        route = booking.route
+        if not (self._view.knows(route.decode_id) and self._view.knows(route.prefill_id)):
+            return
+        alone_against = self._complaints.add(route.decode_id, route.prefill_id)
+        # Without another decode worker there is nobody to compare it with, and nobody who could serve instead.
+        if len(alone_against) < 2 or self._view.is_alone(route.decode_id):
+            self.failed(route.prefill_id, booking)
+            return
+        self.failed(route.decode_id, booking)
+        for worker_id in alone_against:
+            if worker_id in self._breakers:
+                self._close(worker_id)
+
+    def pulled(self, booking: Booking) -> None:
+        """Its decode worker has all of its prompt's KV."""
+        if not booking.route.is_local:
+            self._complaints.pulled(booking.route.decode_id, booking.route.prefill_id)
+
     def suspects(self, worker_id: str) -> bool:
         """Whether it has failed, and not shown since that it can."""
         return worker_id in self._breakers
-
-    def heard(self, report: WorkerReport) -> None:
-        """Call before the view takes the report."""
-        breaker = self._breakers.get(report.worker_id)
-        if breaker is not None and breaker.incarnation != report.incarnation:
-            self._close(report.worker_id)
 
     def booked(self, booking: Booking) -> None:
         for worker_id, breaker in self._of(booking):
@@ -106,8 +123,6 @@ class Breakers:
 
     def _half_open(self, worker_id: str, breaker: _Breaker) -> None:
         breaker.timer = breaker.probe = None
-        if self._view.incarnation(worker_id) is None:
-            del self._breakers[worker_id]
         self._view.readmit(worker_id)
         self._readmitted()
 
@@ -117,3 +132,8 @@ class Breakers:
             breaker.timer.cancel()
         self._view.readmit(worker_id)
         self._readmitted()
+
+    def _forget(self, worker_id: str) -> None:
+        self._complaints.forget(worker_id)
+        if worker_id in self._breakers:
+            self._close(worker_id)

@@ -79,9 +79,12 @@ class Failures:
         """Call when a failure comes, however late the request's reader learns of it."""
         if not isinstance(error, Unavailable | TransferFailed | VersionMismatch) or isinstance(error, HandedBack):
             return
-        if not self._links.is_closed:
-            route = booking.route
-            self._breakers.failed(route.prefill_id if error.is_of_prefill else route.decode_id, booking)
+        if self._links.is_closed:
+            return
+        if error.is_of_prefill:
+            self._breakers.pull_failed(booking)
+        else:
+            self._breakers.failed(booking.route.decode_id, booking)
 
     def _handed_back(self, run: Run, booking: Booking, *, is_of_prefill: bool) -> None:
         run.handed_back += 1

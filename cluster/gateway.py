@@ -159,7 +159,6 @@ class Gateway:
             self._tickets.check_report(report)
         now = asyncio.get_running_loop().time()
         self._registry.heartbeat(report, now, is_lost=self._breakers.suspects(report.worker_id))
-        self._breakers.heard(report)
         knows_cache = self.view.report(report, now)
         role = self.controller.wanted_role(report.worker_id) if self.controller is not None else ""
         if role and role != report.role:

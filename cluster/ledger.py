@@ -42,6 +42,9 @@ class Ledger:
         """So many more tokens of its answers have come."""
         booking.tokens_drawn += tokens
         drawn = booking.tokens_drawn // booking.query.rows
+        if booking.drawn < 2 <= drawn:
+            # The first comes ahead of the KV, the second from all of it.
+            self._breakers.pulled(booking)
         self._view.answers.drew((drawn - booking.drawn) * booking.query.rows)
         booking.drawn, booking.drawn_s = drawn, now
 
@@ -49,6 +52,7 @@ class Ledger:
         """The last of its tokens has come. May be called again."""
         if not booking.is_answered:
             booking.is_answered = True
+            self._breakers.pulled(booking)
             self._view.answers.ended(booking.query.rows)
 
     def finished(self, booking: Booking, tpot_s: float, answer_tokens: int) -> None:

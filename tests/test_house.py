@@ -95,6 +95,7 @@ PURE_FILES = (
     "cluster/planning/queueing.py",
     "cluster/planning/placement.py",
     "cluster/planning/planner.py",
+    "cluster/complaints.py",
     *(f"cluster/routing/{path.name}" for path in sorted((ROOT / "cluster" / "routing").glob("*.py"))),
 )
 IMPURE = {"torch", "grpc", "ray", "asyncio", "time", "threading", "socket", "os"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 
 from cluster.prefix_index import PrefixIndex
 from cluster.registry import WorkerReport
@@ -64,6 +65,8 @@ class ClusterView:
         self._heard: OrderedDict[str, float] = OrderedDict()
         self._silent: OrderedDict[str, float] = OrderedDict()
         self._shunned: set[str] = set()
+        # Called with the id of each worker that is forgotten.
+        self.on_removed: Callable[[str], None] = lambda worker_id: None
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -98,7 +101,7 @@ class ClusterView:
 
     def drains(self, worker_id: str) -> None:
         """It takes nothing new, or is about to: nothing more is sent there until it says otherwise."""
-        if worker_id in self.prefills or worker_id in self.decodes:
+        if self.knows(worker_id):
             self._place(worker_id, eligible=False)
 
     def shun(self, worker_id: str) -> None:
@@ -113,12 +116,13 @@ class ClusterView:
             self._place(worker_id, eligible=not load.report.stats.draining)
 
     def remove(self, worker_id: str) -> None:
-        """Forgets a worker."""
+        """Forgets a worker. One that starts anew, or in another role, is another one."""
         self._silence(worker_id)
         self._silent.pop(worker_id, None)
         self.prefills.pop(worker_id, None)
         self.decodes.pop(worker_id, None)
         self.prefix_index.forget(worker_id)
+        self.on_removed(worker_id)
 
     def expire(self, now: float) -> None:
         """Takes workers that were silent for `fresh_s` out of the orders, and forgets those silent for `expire_s`."""
@@ -183,14 +187,12 @@ class ClusterView:
         """Workers that prompts are sent to."""
         return len(self.prefill_order) + len(self.colocated_order) or len(self.local_order)
 
-    def incarnation(self, worker_id: str) -> int | None:
-        """Of the worker as it was last heard of; None where it is not known."""
-        load = self._load(worker_id)
-        return None if load is None else load.report.incarnation
+    def knows(self, worker_id: str) -> bool:
+        return worker_id in self.prefills or worker_id in self.decodes
 
     def is_alone(self, worker_id: str) -> bool:
         """Whether no other worker can be given what this one is given."""
-        if self._load(worker_id) is None:
+        if not self.knows(worker_id):
             return False
         return all(len(order) == int(worker_id in order) for order, _ in self._orders(worker_id))
 

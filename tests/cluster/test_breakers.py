@@ -6,7 +6,10 @@ import asyncio
 import random
 from dataclasses import replace
 
+import pytest
+
 from cluster.breakers import Breakers
+from cluster.routing.booking import Booking
 from cluster.routing.query import Route
 from tests.cluster.fake_decode import on_virtual_time
 from tests.cluster.routing_bench import Bench
@@ -26,6 +29,13 @@ class Scene:
     def failed(self, worker_id: str) -> None:
         now = asyncio.get_running_loop().time()
         self.breakers.failed(worker_id, self.bench.book(ROUTE, now=now))
+
+    def pull(self, decode_id: str, prefill_id: str) -> Booking:
+        route = Route(prefill_id, f"{prefill_id}:1", decode_id, f"{decode_id}:1")
+        return self.bench.book(route, now=asyncio.get_running_loop().time())
+
+    def pull_failed(self, decode_id: str, prefill_id: str) -> None:
+        self.breakers.pull_failed(self.pull(decode_id, prefill_id))
 
     def eligible(self) -> set[str]:
         view = self.bench.view
@@ -104,9 +114,9 @@ async def test_a_new_incarnation_is_trusted_at_once() -> None:
     scene = Scene()
     scene.failed("d")
     report = scene.bench.view.decodes["d"].report
-    scene.breakers.heard(report)
+    scene.bench.view.report(report, 0.0)
     assert "d" not in scene.eligible()
-    scene.breakers.heard(replace(report, incarnation=report.incarnation + 1))
+    scene.bench.view.report(replace(report, incarnation=report.incarnation + 1), 0.0)
     assert "d" in scene.eligible()
     await asyncio.sleep(5.0)
     assert scene.readmitted == 1
@@ -121,13 +131,74 @@ async def test_where_there_is_nobody_else_all_may_try() -> None:
     assert "d" in scene.eligible()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 2.0], ids=["while it is shunned", "when it may try again"])
 @on_virtual_time
-async def test_a_worker_that_is_gone_leaves_nothing_behind() -> None:
+async def test_a_worker_that_is_gone_leaves_nothing_behind(after_s: float) -> None:
     scene = Scene()
     scene.failed("d")
     scene.failed("nobody")
-    scene.bench.view.remove("d")
-    await asyncio.sleep(1.0)
+    scene.pull_failed("d2", "p2")
+    await asyncio.sleep(after_s)
+    for name in ("d", "d2", "p2"):
+        scene.bench.view.remove(name)
+    scene.pull_failed("d2", "p")
     assert scene.breakers._breakers == {}
+    assert scene.breakers._complaints._named == scene.breakers._complaints._witnesses == {}
     scene.bench.report("d")
     assert "d" in scene.eligible()
+
+
+@on_virtual_time
+async def test_who_alone_complains_of_one_after_the_other_is_at_fault_itself() -> None:
+    scene = Scene("p1", "p2", "p3", "d1", "d2")
+    scene.pull_failed("d1", "p1")
+    assert scene.eligible() == {"p2", "p3", "d1", "d2"}
+    scene.pull_failed("d1", "p2")
+    assert scene.eligible() == {"p1", "p2", "p3", "d2"}
+    scene.pull_failed("d1", "p3")
+    assert scene.eligible() == {"p1", "p2", "p3", "d2"}
+    await asyncio.sleep(1.0)
+    assert "d1" in scene.eligible()
+    scene.pull_failed("d1", "p1")
+    assert scene.eligible() == {"p1", "p2", "p3", "d2"}, "what it said before counts until it has pulled well"
+    await asyncio.sleep(2.0)
+    probe = scene.pull("d1", "p1")
+    scene.breakers.booked(probe)
+    scene.breakers.succeeded(probe)
+    scene.breakers.pulled(probe)
+    scene.pull_failed("d1", "p2")
+    assert scene.eligible() == {"p1", "p3", "d1", "d2"}
+
+
+@on_virtual_time
+async def test_a_lost_node_of_prefill_workers_does_not_cost_the_decode_workers() -> None:
+    """Two die at once, and every decode worker complains of both."""
+    scene = Scene("p1", "p2", "p3", "d1", "d2", "d3")
+    for prefill_id in ("p1", "p2"):
+        for decode_id in ("d1", "d2", "d3"):
+            scene.pull_failed(decode_id, prefill_id)
+    assert scene.eligible() == {"p3", "d1", "d2", "d3"}
+    # Where all that one says comes first, it is its word alone: it has to show that it can, and no other has.
+    scene = Scene("p1", "p2", "p3", "d1", "d2", "d3")
+    for decode_id in ("d1", "d2", "d3"):
+        for prefill_id in ("p1", "p2"):
+            scene.pull_failed(decode_id, prefill_id)
+    assert scene.eligible() == {"p3", "d2", "d3"}
+
+
+@on_virtual_time
+async def test_who_has_served_another_since_is_not_at_fault() -> None:
+    scene = Scene("p1", "p2", "p3", "d1", "d2", "d3")
+    scene.pull_failed("d1", "p1")
+    scene.pull_failed("d2", "p1")
+    scene.breakers.pulled(scene.pull("d3", "p1"))
+    scene.pull_failed("d1", "p2")
+    assert scene.eligible() == {"p1", "p2", "p3", "d2", "d3"}
+
+
+@on_virtual_time
+async def test_the_only_decode_worker_is_believed() -> None:
+    scene = Scene("p1", "p2", "p3", "d")
+    scene.pull_failed("d", "p1")
+    scene.pull_failed("d", "p2")
+    assert scene.eligible() == {"p3", "d"}

@@ -3,6 +3,7 @@
     keeper of a worker:   start ─▶ runs, reports ─ killed ─▶ gone for a while ─▶ start, next incarnation
                                      ⟲ frozen: computes nothing, says nothing, cannot be reached
                                      ⟲ cut off: cannot be reached, computes on
+                                     ⟲ shut in: a decode worker that is reached by all, and reaches no prefill worker
 
 KV frames are changed, repeated, lost and held back on their way, and some clients are slow to read.
 When the faults stop, everything that clients asked for must come to its end.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from cluster.gateway import Gateway
@@ -23,9 +26,9 @@ from decode_worker.stream import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.batch import Batch, KVLayout, LayerListener, StepOutput
 from engine.errors import Unavailable
-from kvtransfer.frames import Frame
+from kvtransfer.frames import Arrival, Frame
 from kvtransfer.memory import Link, MemoryNetwork, MemoryPrefillTransport
-from kvtransfer.transport import PrefillService
+from kvtransfer.transport import PrefillCall, PrefillService
 from prefill_worker.worker import PrefillWorker
 from tests.sim.one_run import to_its_end
 from tests.sim.traffic import Client
@@ -57,6 +60,22 @@ def draw_faults(rng: random.Random) -> Faults:
     return Faults(rng.choice([0.3, 1.0, 3.0]), rng.choice([0.0, 0.0, 0.01, 0.1]))
 
 
+class _WayOut(MemoryPrefillTransport):
+    """A decode worker's way to the prefill pool."""
+
+    is_shut = False
+
+    @asynccontextmanager
+    async def open(self, address: str, call: PrefillCall) -> AsyncIterator[AsyncIterator[Arrival]]:
+        async with super().open(address, call) as frames:
+            yield self._nothing(address) if self.is_shut else frames
+
+    @staticmethod
+    async def _nothing(address: str) -> AsyncIterator[Arrival]:
+        raise Unavailable(f"no way to {address}")
+        yield
+
+
 class _Keeper:
     """One worker's place: starts it, and starts it anew when it was killed."""
 
@@ -66,6 +85,7 @@ class _Keeper:
         self.name = name
         self.incarnation = 0
         self.is_up = False
+        self.way_out: _WayOut | None = None
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self._killed = asyncio.Event()
@@ -96,6 +116,8 @@ class _Keeper:
 
     @property
     def is_well(self) -> bool:
+        if self.way_out is not None and self.way_out.is_shut:
+            return False
         return self.is_up and self.goes_on.is_set() and not self.world.network(self.role).is_cut(self.name)
 
     def kill(self) -> None:
@@ -106,6 +128,15 @@ class _Keeper:
         network.cut(self.name)
         await asyncio.sleep(seconds)
         network.heal(self.name)
+
+    async def shut_in(self, seconds: float) -> None:
+        """Its certificate has expired, say, or a network policy forbids its calls."""
+        assert self.way_out is not None, f"{self.name} pulls from nobody"
+        way_out = self.way_out
+        way_out.is_shut = True
+        await way_out.close()
+        await asyncio.sleep(seconds)
+        way_out.is_shut = False
 
     async def freeze(self, seconds: float) -> None:
         """SIGSTOP, and later SIGCONT."""
@@ -123,12 +154,15 @@ class FaultWorld(World):
         super().__init__(seed, requests, rate_s, schedule_ahead=seed % 3 == 2, max_steps=32 if seed % 3 == 1 else 1)
         self.dice = random.Random(f"faults of {seed}")
         self.faults = draw_faults(self.dice)
+        # Apart from the other dice: which of all seeds shut somebody in changes nothing of the others.
+        self._shutting = random.Random(f"ways of {seed}")
+        self._shuts_in = self._shutting.random() < 0.3
         self._slow_down(self.clients)
         self.freed_within_s = FREED_WITHIN_S + KEEPALIVE_S + 4 * self.shape.latency_s
         link = Link(self.shape.latency_s, self.shape.bandwidth_bytes_s, self.shape.window, KEEPALIVE_S)
         self.prefill_network: MemoryNetwork[PrefillService] = MemoryNetwork(link)
         self.decode_network: MemoryNetwork[DecodeService] = MemoryNetwork(replace(link, bandwidth_bytes_s=float("inf")))
-        self.deaths = self.cuts = self.freezes = self.tampered = 0
+        self.deaths = self.cuts = self.freezes = self.shut_ins = self.tampered = 0
         self._late: dict[str, list[bytes]] = {}
         self._is_peace = False
         self._keepers = {
@@ -205,8 +239,9 @@ class FaultWorld(World):
         changes = {"route_wait_s": 60.0, "failures": FailureConfig(max_attempts=1000)}
         return super()._gateway_config().model_copy(update=changes)
 
-    def _kv_transport(self) -> MemoryPrefillTransport:
-        return MemoryPrefillTransport(self.prefill_network, self._tamper)
+    def _kv_transport(self, decode_id: str) -> MemoryPrefillTransport:
+        way_out = self._keepers[decode_id].way_out = _WayOut(self.prefill_network, self._tamper)
+        return way_out
 
     def _tamper(self, address: str, frame: Frame, wire: bytes) -> list[bytes]:
         """What arrives instead of a frame. One that is late may come by the next stream, of another request."""
@@ -236,11 +271,23 @@ class FaultWorld(World):
         until_s = self.clients[-1].arrives_s + 1.0
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as under_way:
+            if self._shuts_in:
+                under_way.create_task(self._shut_in(until_s))
             while loop.time() < until_s:
                 await asyncio.sleep(self.dice.expovariate(self.faults.events_per_s))
                 self._befall(under_way)
         self._is_peace = True
         await asyncio.Event().wait()
+
+    async def _shut_in(self, until_s: float) -> None:
+        """One decode worker after the other."""
+        dice = self._shutting
+        while asyncio.get_running_loop().time() < until_s:
+            await asyncio.sleep(dice.expovariate(1.0))
+            keeper = self._keepers[dice.choice(["decode-0", "decode-1"])]
+            if keeper.is_well:
+                self.shut_ins += 1
+                await keeper.shut_in(dice.choice([0.05, 0.5, 3.0]))
 
     def _befall(self, under_way: asyncio.TaskGroup) -> None:
         """One fault, to one worker; none where it has one already."""
@@ -260,10 +307,44 @@ class FaultWorld(World):
                 under_way.create_task(keeper.freeze(dice.choice([0.05, 0.5, 3.0])))
 
 
+class ShutInWorld(FaultWorld):
+    """Nothing befalls anybody, but that decode-0 reaches no prefill worker as long as clients come. `absent_s` sums up
+    how long each prefill worker was given nothing."""
+
+    def __init__(self, seed: int, requests: int, rate_s: float) -> None:
+        super().__init__(seed, requests, rate_s)
+        self.faults = replace(self.faults, frame_rate=0.0)
+        self.absent_s = 0.0
+
+    async def _disturb(self) -> None:
+        loop, look_s = asyncio.get_running_loop(), 0.01
+        until_s = self.clients[-1].arrives_s
+        async with asyncio.TaskGroup() as under_way:
+            # Once all workers are known.
+            await asyncio.sleep(0.5)
+            under_way.create_task(self._keepers["decode-0"].shut_in(until_s - loop.time()))
+            assert self._gateway_of_all is not None
+            order = self._gateway_of_all.view.prefill_order
+            while loop.time() < until_s:
+                self.absent_s += look_s * (len(self.prefills) - len(order))
+                await asyncio.sleep(look_s)
+        self._is_peace = True
+        await asyncio.Event().wait()
+
+
 def simulate(seed: int, requests: int, rate_s: float | None = None) -> FaultWorld:
     """Runs one seed to its end and checks everything; every failure says which seed it was."""
     return to_its_end(
         lambda: FaultWorld(seed, requests, rate_s),
         f"seed {seed}, {requests} requests, rate {rate_s}",
         lambda world: f"{world.shape}, {world.routing}, {world.faults}",
+    )
+
+
+def simulate_shut_in(seed: int, requests: int, rate_s: float) -> ShutInWorld:
+    """As `simulate`."""
+    return to_its_end(
+        lambda: ShutInWorld(seed, requests, rate_s),
+        f"seed {seed}, {requests} requests, rate {rate_s}",
+        lambda world: f"{world.shape}, {world.routing}",
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 from cluster.planning.forked import forked
-from tests.sim.faults import simulate
+from tests.sim.faults import simulate, simulate_shut_in
 
 
 def simulate_all(seeds: Iterable[int]) -> None:
@@ -31,10 +31,19 @@ def test_requests_outlive_their_workers():
     assert sum(world.deaths for world in worlds) > 10
     assert sum(world.cuts for world in worlds) > 3
     assert sum(world.freezes for world in worlds) > 3
+    assert sum(world.shut_ins for world in worlds) > 3
     assert sum(world.tampered for world in worlds) > 10
     assert sum(client.reads_after_s > 0 for world in worlds for client in world.clients) > 100
     receipts = [client.complete.receipt for world in worlds for client in world.clients if client.complete is not None]
     assert sum(receipt.retries for receipt in receipts) > 50
+
+
+def test_a_decode_worker_without_a_way_to_the_prefill_pool_takes_it_from_nobody():
+    """It names one healthy prefill worker after another, fails everything quickly, and looks the least loaded."""
+    worlds = [simulate_shut_in(seed, requests=150, rate_s=20.0) for seed in range(5000, 5010)]
+    assert sum(world.absent_s for world in worlds) < 5.0
+    receipts = [client.complete.receipt for world in worlds for client in world.clients if client.complete is not None]
+    assert 0 < sum(receipt.retries for receipt in receipts) < 80
 
 
 @pytest.mark.parametrize("seed", [100_435, 105_527])

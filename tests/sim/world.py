@@ -263,7 +263,7 @@ class World:
         return DecodeWorker(
             runner,
             config,
-            self._kv_transport(),
+            self._kv_transport(name),
             worker_id=name,
             eos_token_ids=frozenset({EOS}),
             max_context=MAX_CONTEXT,
@@ -272,7 +272,7 @@ class World:
             observer=self.decode_observer,
         )
 
-    def _kv_transport(self) -> MemoryPrefillTransport:
+    def _kv_transport(self, decode_id: str) -> MemoryPrefillTransport:
         return MemoryPrefillTransport(self.prefill_network)
 
     def _start_workers(self) -> list[asyncio.Task[None]]:
