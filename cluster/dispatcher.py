@@ -29,15 +29,15 @@ BATCH = 32
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """One request that waits. `wait_s`: how long for a worker where there is none, `give_up_s`: until when. `until_s`
-    and `for_all` are those of its last Defer."""
+    """One request that waits: `wait_s` for a worker, where there is none for it; `timer` runs then. `until_s` and
+    `for_all` are those of its last Defer."""
 
     query: RouteQuery
     booked: asyncio.Future[Booking]
     wait_s: float
-    give_up_s: float
     until_s: float
     for_all: bool
+    timer: asyncio.TimerHandle | None = None
 
 
 class Dispatcher:
@@ -56,8 +56,10 @@ class Dispatcher:
         # With the time that it is set for: uvloop's handles for what is due at once cannot say.
         self._timer: tuple[float, asyncio.TimerHandle] | None = None
         self._is_called = False
-        # True while those in front wait for any worker at all to become free.
-        self._all_are_busy = False
+        # Until when those in front wait for any worker at all to become free.
+        self._all_are_busy_until_s = -math.inf
+        # Asked for in this round, and no worker with room for it is there.
+        self._too_long: RouteQuery | None = None
         self._closed: TandemError | None = None
 
     async def place(self, query: RouteQuery, deadline_s: float | None, wait_s: float) -> Booking:
@@ -104,11 +106,15 @@ class Dispatcher:
     ) -> Booking:
         ticket = next(self._tickets)
         booked: asyncio.Future[Booking] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(query, booked, wait_s, now + wait_s, defer.until_s, defer.for_all)
+        waiter = _Waiter(query, booked, wait_s, defer.until_s, defer.for_all)
         self._waiters[ticket] = waiter
         self._view.waiting.enter(ticket, defer.latest_start_s, defer.work_s)
-        self._all_are_busy = self._all_are_busy or defer.for_all
-        self._arm(min(defer.until_s, _latest_s(defer), waiter.give_up_s), now)
+        if math.isinf(defer.until_s):
+            self._lacks_a_worker(ticket, waiter)
+        else:
+            if defer.for_all and not now < self._all_are_busy_until_s < defer.until_s:
+                self._all_are_busy_until_s = defer.until_s
+            self._arm(min(defer.until_s, _latest_s(defer)), now)
         is_taken = False
         try:
             booking = await within(deadline_s, "routing", booked)
@@ -125,13 +131,15 @@ class Dispatcher:
         self._is_called = False
         now = asyncio.get_running_loop().time()
         self._view.expire(now)
-        if self._all_are_busy and not self._may_start(now):
+        # Asking costs much more than to see that it could give no other answer than the last time.
+        if now < self._all_are_busy_until_s and self._view.shortest_queue_s(now) > self._lead_s:
             self._round.clear()
-            self._arm(self._waiters[self._view.waiting.first(1)[0]].until_s, now)
+            self._arm(self._all_are_busy_until_s, now)
             return
-        self._all_are_busy = False
+        self._all_are_busy_until_s = -math.inf
         if not self._round:
             self._round.extend(self._view.waiting.first(len(self._view.waiting)))
+            self._too_long = None
         next_s = math.inf
         for _ in range(min(BATCH, len(self._round))):
             ticket = self._round.popleft()
@@ -142,57 +150,80 @@ class Dispatcher:
             if not waiter.for_all and now < waiter.until_s < math.inf:
                 next_s = min(next_s, waiter.until_s)
                 continue
-            answer = self._router.route(waiter.query, self._view, now, self._rng)
-            if isinstance(answer, Route):
-                self._settle(ticket, self._ledger.book(waiter.query, answer, now))
-            elif not isinstance(answer, Defer):
-                self._settle(ticket, _error(answer))
-            elif math.isinf(answer.until_s):
-                # There is no worker, for nobody.
-                next_s = self._wait_for_a_worker(answer.reason, now)
-                self._round.clear()
+            if waiter.timer is not None and self._too_long is not None and _is_as_long(waiter.query, self._too_long):
+                continue
+            defer = self._ask(ticket, waiter, now)
+            if defer is None:
+                continue
+            if math.isfinite(defer.until_s):
+                next_s = min(next_s, defer.until_s, _latest_s(defer, now))
+            if defer.for_all:
+                self._none_can_start(defer)
                 break
-            else:
-                self._put_off(ticket, waiter, answer)
-                next_s = min(next_s, answer.until_s, _latest_s(answer, now))
-                if answer.for_all:
-                    self._all_are_busy = True
-                    self._round.clear()
-                    break
+            if math.isinf(defer.until_s):
+                # Only those that ask for no more than it can be placed now. It is ahead of nobody.
+                self._too_long = waiter.query
+                self._move(ticket, math.inf, 0.0)
         if self._round:
             # Whoever is behind those is looked at in the next turn of the loop.
             self.news()
         self._arm(next_s, now)
 
+    def _none_can_start(self, defer: Defer) -> None:
+        """Every worker is busy, or there is none."""
+        self._round.clear()
+        if math.isfinite(defer.until_s):
+            self._all_are_busy_until_s = defer.until_s
+            return
+        for ticket, waiter in self._waiters.items():
+            self._lacks_a_worker(ticket, waiter)
+
+    def _ask(self, ticket: int, waiter: _Waiter, now: float) -> Defer | None:
+        """None where it waits no longer."""
+        answer = self._router.route(waiter.query, self._view, now, self._rng)
+        if isinstance(answer, Route):
+            self._settle(ticket, self._ledger.book(waiter.query, answer, now))
+            return None
+        if not isinstance(answer, Defer):
+            self._settle(ticket, _error(answer))
+            return None
+        if math.isinf(answer.until_s):
+            self._lacks_a_worker(ticket, waiter)
+        else:
+            self._put_off(ticket, waiter, answer)
+        return answer
+
     def _put_off(self, ticket: int, waiter: _Waiter, defer: Defer) -> None:
         """The router knows more of the request than when it came: its place in the order follows."""
         waiter.query = _promised(waiter.query, defer)
         waiter.until_s, waiter.for_all = defer.until_s, defer.for_all
+        if waiter.timer is not None:
+            waiter.timer.cancel()
+            waiter.timer = None
+        self._move(ticket, defer.latest_start_s, defer.work_s)
+
+    def _move(self, ticket: int, latest_start_s: float, work_s: float) -> None:
         self._view.waiting.leave(ticket)
-        self._view.waiting.enter(ticket, defer.latest_start_s, defer.work_s)
+        self._view.waiting.enter(ticket, latest_start_s, work_s)
 
-    def _wait_for_a_worker(self, reason: str, now: float) -> float:
-        """Gives up for those that have waited for one for too long; when the next will have."""
-        next_s = math.inf
-        for ticket, waiter in list(self._waiters.items()):
-            if waiter.booked.done():
-                continue
-            if waiter.until_s < math.inf:
-                # There was one when it was asked for last.
-                waiter.until_s, waiter.for_all = math.inf, False
-                waiter.give_up_s = now + waiter.wait_s
-            if now >= waiter.give_up_s:
-                self._settle(ticket, Unavailable(f"{reason}; waited {waiter.wait_s:g} s for one"))
-            else:
-                next_s = min(next_s, waiter.give_up_s)
-        return next_s
+    def _lacks_a_worker(self, ticket: int, waiter: _Waiter) -> None:
+        waiter.until_s, waiter.for_all = math.inf, False
+        if waiter.timer is None and not waiter.booked.done():
+            waiter.timer = asyncio.get_running_loop().call_later(waiter.wait_s, self._give_up, ticket, waiter)
 
-    def _may_start(self, now: float) -> bool:
-        """Whether asking could give another answer than the last time: it costs much more than this."""
-        first = self._view.waiting.first(1)
-        if not first or now >= self._waiters[first[0]].until_s:
-            return True
-        return self._view.shortest_queue_s(now) <= self._lead_s
+    def _give_up(self, ticket: int, waiter: _Waiter) -> None:
+        """For one that has waited for a worker for too long, and for which there still is none."""
+        if waiter.booked.done():
+            return
+        now = asyncio.get_running_loop().time()
+        self._view.expire(now)
+        defer = self._ask(ticket, waiter, now)
+        if defer is None:
+            return
+        if math.isinf(defer.until_s):
+            self._settle(ticket, Unavailable(f"{defer.reason}; waited {waiter.wait_s:g} s for one"))
+        else:
+            self._arm(min(defer.until_s, _latest_s(defer, now)), now)
 
     def _settle(self, ticket: int, result: Booking | TandemError) -> None:
         waiter = self._waiters[ticket]
@@ -203,10 +234,13 @@ class Dispatcher:
             waiter.booked.set_exception(result)
 
     def _forget(self, ticket: int) -> None:
-        if self._waiters.pop(ticket, None) is not None:
+        waiter = self._waiters.pop(ticket, None)
+        if waiter is not None:
             self._view.waiting.leave(ticket)
+            if waiter.timer is not None:
+                waiter.timer.cancel()
         if not self._waiters:
-            self._all_are_busy = False
+            self._all_are_busy_until_s = -math.inf
             if self._timer is not None:
                 self._timer[1].cancel()
                 self._timer = None
@@ -231,6 +265,10 @@ class Dispatcher:
 def _promised(query: RouteQuery, defer: Defer) -> RouteQuery:
     """What the first Defer said is what counts."""
     return query if query.was_deferred else replace(query, was_deferred=True, promised_s=defer.predicted_ttft_s)
+
+
+def _is_as_long(query: RouteQuery, other: RouteQuery) -> bool:
+    return query.prompt_tokens >= other.prompt_tokens and query.total_tokens >= other.total_tokens
 
 
 def _latest_s(defer: Defer, now: float = -math.inf) -> float:

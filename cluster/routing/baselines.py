@@ -1,8 +1,8 @@
 """The five usual policies, on the same index, reports and bookings as the goodput policy. None of them refuses a
 request for its objectives: queue limits do that.
 
-A prompt goes to a prefill worker or a colocated worker, whichever the policy picks among them; to any decode worker
-when there is neither. Then the policy picks the decode worker.
+A prompt goes to a prefill worker or a colocated worker, whichever the policy picks among them, and then to a decode
+worker that it picks. Where these are not there, or have no room for the request, any decode worker gets it whole.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from cluster.gateway_config import RouterConfig
 from cluster.prefix_index import PrefixMatch
 from cluster.routing.booking import Booking
-from cluster.routing.candidates import Loads, too_large
+from cluster.routing.candidates import Loads, nobody, too_large
 from cluster.routing.load_order import LoadOrder
-from cluster.routing.query import Answer, Defer, Route, RouteQuery
+from cluster.routing.query import Answer, Route, RouteQuery
 from cluster.routing.view import ClusterView
 from cluster.routing.worker_load import PrefillLoad
 
@@ -36,18 +36,15 @@ class Baseline:
         impossible = too_large(query, view, self._config.allow_local)
         if impossible is not None:
             return impossible
-        prompts = _orders_for_prompts(view, self._config.allow_local)
-        computing = self._take(prompts, query, query.prompt_tokens, view, now, rng)
-        if computing is None:
-            has_decode = view.decode_order or view.colocated_order
-            return Defer("no prefill worker is available" if has_decode else "no decode worker is available")
-        prefill = view.prefills.get(computing)
-        decoding = computing
-        if prefill is not None:
-            picked = self._take((view.decode_order,), query, query.total_tokens, view, now, rng)
-            if picked is None:
-                return Defer("no decode worker is available")
-            decoding = picked
+        computing = self._take((view.prefill_order, view.colocated_order), query, view, now, rng)
+        prefill = None if computing is None else view.prefills.get(computing)
+        decoding = computing if prefill is None else self._take((view.decode_order,), query, view, now, rng)
+        if decoding is None:
+            prefill = None
+            alone = view.local_order if self._config.allow_local else view.colocated_order
+            decoding = self._take((alone,), query, view, now, rng)
+        if decoding is None:
+            return nobody(query, view, self._config.allow_local)
         return self._route(query, view, prefill, decoding, now)
 
     def learn_ttft(self, booking: Booking, now: float) -> None:
@@ -63,15 +60,9 @@ class Baseline:
         raise NotImplementedError
 
     def _take(
-        self,
-        orders: tuple[LoadOrder, ...],
-        query: RouteQuery,
-        tokens: int,
-        view: ClusterView,
-        now: float,
-        rng: random.Random,
+        self, orders: tuple[LoadOrder, ...], query: RouteQuery, view: ClusterView, now: float, rng: random.Random
     ) -> str | None:
-        """A worker from the orders, each chosen with its share of the workers; one that can take `tokens`."""
+        """A worker from the orders, each chosen with its share of the workers; one that has room for the request."""
         orders = tuple(order for order in orders if order)
         if not orders:
             return None
@@ -80,11 +71,9 @@ class Baseline:
             order = rng.choices(orders, [len(order) for order in orders])[0]
         loads: Loads = view.prefills if order is view.prefill_order else view.decodes
         picked = self.pick(order, loads, query, view, now, rng)
-        # Who decodes too holds the answer as well.
-        tokens = tokens if order is view.prefill_order else query.total_tokens
-        if loads[picked].capacity_tokens >= tokens:
+        if _has_room(picked, query, view):
             return picked
-        fitting = [worker_id for worker_id in order.ids if loads[worker_id].capacity_tokens >= tokens]
+        fitting = [worker_id for order in orders for worker_id in order.ids if _has_room(worker_id, query, view)]
         return rng.choice(fitting) if fitting else None
 
     def _route(
@@ -195,8 +184,9 @@ def _left_tokens(queued_tokens: int, match: PrefixMatch, worker_id: str) -> int:
     return queued_tokens - match.hit_tokens(worker_id)
 
 
-def _orders_for_prompts(view: ClusterView, allow_local: bool) -> tuple[LoadOrder, ...]:
-    """The pools in which prompts are computed."""
-    if view.prefill_order or view.colocated_order:
-        return view.prefill_order, view.colocated_order
-    return (view.local_order,) if allow_local else ()
+def _has_room(worker_id: str, query: RouteQuery, view: ClusterView) -> bool:
+    prefill = view.prefills.get(worker_id)
+    if prefill is not None:
+        return prefill.capacity_tokens >= query.prompt_tokens
+    # Who decodes holds the answer as well.
+    return view.decodes[worker_id].capacity_tokens >= query.total_tokens

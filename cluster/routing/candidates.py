@@ -12,7 +12,7 @@ from itertools import islice
 
 from cluster.prefix_index import PrefixMatch
 from cluster.routing.load_order import LoadOrder
-from cluster.routing.query import Impossible, RouteQuery
+from cluster.routing.query import Defer, Impossible, RouteQuery
 from cluster.routing.view import ClusterView
 from cluster.routing.worker_load import DecodeLoad, PrefillLoad
 
@@ -20,7 +20,10 @@ Loads = Mapping[str, PrefillLoad] | Mapping[str, DecodeLoad]
 
 
 def too_large(query: RouteQuery, view: ClusterView, allow_local: bool) -> Impossible | None:
-    """The answer to a request that fits none of the pools, None where one of them may take it."""
+    """The answer to a request that fits none of the pools, None where one of them may take it. Its client reads
+    already: then it fits none of what is left of them, and waits for those that it was let in by."""
+    if query.is_resumed:
+        return None
     limits = [("prompt + max_tokens", query.total_tokens, view.decode_capacities)]
     if not allow_local and not view.colocated_order:
         limits.append(("prompt", query.prompt_tokens, view.prefill_capacities))
@@ -28,6 +31,15 @@ def too_large(query: RouteQuery, view: ClusterView, allow_local: bool) -> Imposs
         if capacities and tokens > (most := max(capacities)):
             return Impossible(field, f"{tokens} tokens", f"at most {most}: no worker has KV blocks for more")
     return None
+
+
+def nobody(query: RouteQuery, view: ClusterView, allow_local: bool) -> Defer:
+    """The answer where no route was found: there is none for anybody, or those that have room for it are not there."""
+    if not (view.decode_order or view.colocated_order):
+        return Defer("no decode worker is available", for_all=True)
+    if not (view.prefill_order or view.colocated_order or allow_local):
+        return Defer("no prefill worker is available", for_all=True)
+    return Defer(f"no worker with room for {query.total_tokens} tokens is available")
 
 
 def pick(

@@ -19,7 +19,7 @@ from cluster.gateway_config import RouterConfig
 from cluster.prefix_index import PrefixMatch
 from cluster.routing.booking import Booking
 from cluster.routing.calibration import Calibration, Kind
-from cluster.routing.candidates import pick, too_large
+from cluster.routing.candidates import nobody, pick, too_large
 from cluster.routing.load_order import LoadOrder
 from cluster.routing.prospect import Forecast, Prices, Prospect
 from cluster.routing.query import Answer, Defer, Reject, RouteQuery
@@ -62,7 +62,7 @@ class GoodputRouter:
         forecast = Forecast(query, view, self.calibration, self.prices, self._config, now)
         best = self._best(forecast, query, view, now, rng)
         if best is None:
-            return Defer(_nobody(view))
+            return nobody(query, view, self._config.allow_local)
         if not query.was_deferred:
             forecast.teach_prices()
         return self._decide(best, forecast, view, now)
@@ -198,11 +198,6 @@ class GoodputRouter:
 
 def _kind(booking: Booking) -> Kind:
     return "local" if booking.route.is_local else "pair"
-
-
-def _nobody(view: ClusterView) -> str:
-    has_decode = view.decode_order or view.colocated_order
-    return "no prefill worker is available" if has_decode else "no decode worker is available"
 
 
 def _why(best: Prospect, query: RouteQuery, now: float) -> str:

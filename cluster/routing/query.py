@@ -83,8 +83,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Not now. Ask again at `until_s`, or when something has changed at a worker; infinite: only then. `for_all`: no
-    other request could be started either.
+    """Not now. Ask again at `until_s`, or when something has changed at a worker; infinite: only then, as no worker for
+    it is there. `for_all`: no other request could be started either.
 
     `latest_start_s` orders those that wait: when the prompt must start to be in time. `work_s` is what it will take.
     `predicted_ttft_s` as in `Route`.

@@ -82,7 +82,7 @@ async def test_a_long_room_is_asked_through_and_nobody_twice_before_the_time() -
 
 @on_virtual_time
 async def test_without_a_worker_all_give_up_after_their_time_and_one_question_a_round_is_enough() -> None:
-    router = Scripted(lambda query, now: Defer("no prefill worker is available"))
+    router = Scripted(lambda query, now: Defer("no prefill worker is available", for_all=True))
     dispatcher, _ = dispatcher_of(router)
     count = 2 * BATCH
     tasks = [asyncio.create_task(dispatcher.place(query(), None, WAIT_S)) for _ in range(count)]
@@ -106,7 +106,7 @@ async def test_the_order_follows_the_last_answer_and_nothing_was_promised_withou
     def answer(query: RouteQuery, now: float) -> Answer:
         promised[query.arrived_s] = query.was_deferred
         if phase == "none":
-            return Defer("no prefill worker is available")
+            return Defer("no prefill worker is available", for_all=True)
         if phase == "busy":
             # The earlier it came, the sooner it must start.
             return Defer("others would miss", now + 1.0, 50.0 + query.arrived_s, 1.0)
@@ -132,6 +132,68 @@ async def test_the_order_follows_the_last_answer_and_nothing_was_promised_withou
     for booking in bookings:
         ledger.end(booking, 0.0)
     assert math.isinf(Defer("").until_s)
+
+
+@on_virtual_time
+async def test_who_waits_for_a_worker_with_room_is_alone_in_that() -> None:
+    """Long requests whose only worker drains are no reason to keep those behind from a worker that is free."""
+    is_there = has_room = False
+
+    def answer(query: RouteQuery, now: float) -> Answer:
+        if not is_there:
+            return Defer("no decode worker is available", for_all=True)
+        if query.total_tokens > 2000 and not has_room:
+            return Defer("no worker with room for it is available")
+        return route()
+
+    router = Scripted(answer)
+    dispatcher, ledger = dispatcher_of(router)
+
+    def place(tokens: int) -> asyncio.Task[Booking]:
+        return asyncio.create_task(dispatcher.place(query(tokens, total_tokens=2 * tokens), None, WAIT_S))
+
+    long, short = [place(1500) for _ in range(2 * BATCH)], [place(500) for _ in range(3)]
+    await asyncio.sleep(1.0)
+    is_there = True
+    dispatcher.news()
+    await asyncio.sleep(0.1)
+    assert [task.done() for task in short] == [True] * 3
+    late = [place(3000), place(1200)]
+    await asyncio.sleep(0)
+    router.asked.clear()
+    for _ in range(5):
+        dispatcher.news()
+        await asyncio.sleep(0.1)
+    # One of the long ones, who then stands for all that are as long, and the one that is shorter.
+    assert len(router.asked) == 5 * 2
+    await asyncio.sleep(WAIT_S - 1.0)
+    gone = await asyncio.gather(*long, return_exceptions=True)
+    assert {str(error) for error in gone} == {"no worker with room for it is available; waited 10 s for one"}
+    assert not any(task.done() for task in late)
+    has_room = True
+    dispatcher.news()
+    for booking in await asyncio.gather(*short, *late):
+        ledger.end(booking, 0.0)
+    dispatcher.check_empty()
+
+
+@on_virtual_time
+async def test_nobody_gives_up_who_has_a_worker_by_then() -> None:
+    phase = "none"
+
+    def answer(query: RouteQuery, now: float) -> Answer:
+        if phase == "none":
+            return Defer("no decode worker is available", for_all=True)
+        return route() if now >= WAIT_S + 3.0 else Defer("busy", WAIT_S + 3.0, 50.0, 1.0, for_all=True)
+
+    dispatcher, ledger = dispatcher_of(Scripted(answer))
+    task = asyncio.create_task(dispatcher.place(query(), None, WAIT_S))
+    await asyncio.sleep(1.0)
+    # Whatever has become of it, nobody has told the dispatcher.
+    phase = "busy"
+    ledger.end(await task, 0.0)
+    assert asyncio.get_running_loop().time() == WAIT_S + 3.0
+    dispatcher.check_empty()
 
 
 def test_who_is_to_be_asked_again_at_once_is_asked_on_uvloop_too() -> None:

@@ -87,6 +87,29 @@ async def test_a_request_that_has_begun_waits_longer_for_a_worker_than_a_new_one
             assert text_of(await task) == "One, two, three."
 
 
+@pytest.mark.parametrize("gone_s", [20.0, 100.0])
+@on_virtual_time
+async def test_a_request_that_has_begun_waits_for_a_worker_that_has_room_for_it(gone_s: float) -> None:
+    fake = FakeDecode([5] * 400)
+    config = CONFIG.model_copy(update={"default_deadline_s": None})
+    async with serving(fake, ("p", "d1"), config) as gateway:
+        task = start(gateway, "r", params=SamplingParams(max_tokens=400))
+        await asyncio.sleep(160.5 * STEP_S)
+        gateway.heartbeat(report("d2", stats=replace(STATS, blocks_total=20, blocks_free=20)))
+        fake.break_link("d1:1", LOST)
+        gateway.view.remove("d1")
+        await asyncio.sleep(gone_s)
+        if gone_s > FailureConfig().wait_s:
+            with pytest.raises(Unavailable, match="no worker with room for 403 tokens is available; waited 60 s"):
+                await task
+            [outcome] = gateway.outcomes.recent(asyncio.get_running_loop().time())
+            assert outcome.reason == "failed", "the cluster's fault, which counts"
+        else:
+            gateway.heartbeat(report("d1", incarnation=2))
+            _, complete = await task
+            assert complete.usage.completion_tokens == 400
+
+
 @pytest.mark.parametrize("after", [0.5, 1.5, 2.5, 5.5, LENGTH + 0.5])
 @on_virtual_time
 async def test_an_answer_goes_on_where_its_worker_was_lost(after: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -266,7 +267,28 @@ def test_defers_while_nobody_can_take_it(names: tuple[str, ...], config: dict[st
     answer = Bench(*names, **config).ask(query(ttft_s=0.1, tpot_s=0.1))
     assert isinstance(answer, Defer)
     assert reason in answer.reason
-    assert answer.until_s == float("inf")
+    assert (answer.until_s, answer.for_all) == (math.inf, True)
+
+
+@pytest.mark.parametrize("policy", ["goodput", "round_robin"])
+def test_who_fits_only_a_worker_that_is_not_there_waits_alone(policy: str) -> None:
+    bench = Bench("p", policy=policy)
+    bench.report("d0", blocks_total=20)
+    bench.report("d1", draining=True)
+    assert bench.ask(query(300)) == Defer("no worker with room for 400 tokens is available")
+    assert bench.route(query(200)).decode_id == "d0"
+
+
+@pytest.mark.parametrize("policy", ["goodput", "round_robin"])
+def test_an_answer_under_way_that_has_outgrown_the_pools_waits_for_them(policy: str) -> None:
+    """Its request was a good one: a client that has read half of its answer is not told that it asked for too much."""
+    bench = Bench("d", policy=policy, allow_local=False)
+    bench.report("p", blocks_total=20)
+    assert isinstance(bench.ask(query(400)), Impossible)
+    assert bench.ask(query(400, is_resumed=True)) == Defer("no worker with room for 500 tokens is available")
+    bench = Bench("d", policy=policy)
+    bench.report("p", blocks_total=20)
+    assert bench.route(query(400, is_resumed=True)).is_local
 
 
 def test_draining_and_silent_workers_get_nothing() -> None:
