@@ -41,8 +41,9 @@ class Attempt:
 class Run:
     """`seed` is the request's own, or was drawn for it: every attempt has the same, so that its draws go on. Times are
     of the gateway's clock; `handed_over_s` is when a worker got it first, `submitted_s` when one got it last.
-    `request_id` is "" until one was taken for it. `admitted_s` is when it had a place, None before. `trace`: its span,
-    None where it is in no trace. `done` is its worker's last word, None before, or where that was lost."""
+    `handed_back`: workers in a row that gave it back without a token. `request_id` is "" until one was taken for it.
+    `admitted_s` is when it had a place, None before. `trace`: its span, None where it is in no trace. `done` is its
+    worker's last word, None before, or where that was lost."""
 
     request: GenerateRequest
     token_ids: tuple[int, ...]
@@ -97,6 +98,8 @@ class Run:
         if any(token.token_id >= vocab_size for token in delta.tokens):
             raise Unavailable(f"it drew tokens that are none of {vocab_size}")
         self.drawn = drawn
+        if delta.tokens:
+            self.handed_back = 0
 
     def query(self) -> RouteQuery:
         """The question to the router."""

@@ -12,10 +12,8 @@ import pytest
 from cluster.failures import PLACEMENTS_MAX
 from cluster.messages import Complete
 from cluster.routing.answer_length import AnswerLength
-from engine.errors import (
-    DeadlineExceeded,
-    Unavailable,
-)
+from decode_worker.stream import Failed
+from engine.errors import DeadlineExceeded, HandedBack, Unavailable
 from engine.objectives import Objectives
 from engine.sampling import SamplingParams
 from tests.cluster.fake_decode import STEP_S, FakeDecode, on_virtual_time
@@ -27,6 +25,7 @@ from tests.cluster.serving import (
     TO_THE_END,
     TOKENIZER,
     collect,
+    report,
     serving,
     start,
 )
@@ -83,6 +82,23 @@ async def test_what_everybody_gives_back_fails_after_some_time() -> None:
     async with serving(fake, ("p", *(f"d{index}" for index in range(PLACEMENTS_MAX)))) as gateway:
         with pytest.raises(Unavailable, match="8 workers in a row"):
             await collect(gateway, TO_THE_END)
+
+
+@on_virtual_time
+async def test_whom_every_worker_brought_on_is_given_back_as_often_as_they_drain() -> None:
+    """A long answer outlives more workers than one, where all are replaced or change their roles."""
+    fake = FakeDecode([5] * 80)
+    async with serving(fake, ("p", "d1", "d2")) as gateway:
+        task = start(gateway, "r", params=SamplingParams(max_tokens=80))
+        for count in range(1, PLACEMENTS_MAX + 2):
+            await asyncio.sleep(4.5 * STEP_S)
+            address = fake.submits[-1][0]
+            fake.push(address, Failed(f"r#{count}", HandedBack("this worker drains")))
+            await asyncio.sleep(STEP_S)
+            gateway.heartbeat(report(address[:2], incarnation=count + 1))
+        _, complete = await task
+        assert complete.usage.completion_tokens == 80
+        assert len(fake.submits) == PLACEMENTS_MAX + 2
 
 
 @pytest.mark.parametrize(
