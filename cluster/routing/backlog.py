@@ -57,26 +57,29 @@ class Backlog:
         self.busy_until_s = max(now, self.busy_until_s) + booking.work_s
 
     def first_token(self, booking: Booking, now: float) -> None:
-        if not self._drop(booking) or self._has_others:
+        if booking not in self.bookings:
+            return
+        self._drop(booking)
+        if self._has_others:
             return
         left_s = now + self.own_work_s
         self.busy_until_s = left_s if self.busy_until_s <= now else min(self.busy_until_s, left_s)
 
     def leave(self, booking: Booking, now: float) -> None:
         """It will not be computed here, or not to its end."""
+        # Booked in the worker's last life.
+        if booking not in self.bookings:
+            return
         for other in self.bookings:
             if other is booking:
                 break
             if other.latest_start_s > booking.latest_start_s:
                 other.delayed_s = max(0.0, other.delayed_s - booking.work_s)
-        if self._drop(booking):
-            self.busy_until_s = max(now, self.busy_until_s - booking.work_s)
+        self._drop(booking)
+        self.busy_until_s = max(now, self.busy_until_s - booking.work_s)
 
-    def _drop(self, booking: Booking) -> bool:
-        if booking not in self.bookings:
-            return False
+    def _drop(self, booking: Booking) -> None:
         del self.bookings[booking]
         # Sums of floats drift: an empty backlog is exactly empty.
         self.own_work_s = max(0.0, self.own_work_s - booking.work_s) if self.bookings else 0.0
         self.own_tokens -= booking.query.prompt_tokens
-        return True

@@ -46,6 +46,19 @@ def test_who_was_passed_by_one_that_left_is_delayed_by_it_no_longer() -> None:
     assert waiting.delayed_s == pytest.approx(0.2)
 
 
+def test_who_was_booked_in_a_workers_last_life_leaves_those_of_this_one_alone() -> None:
+    bench = Bench("p", "d")
+    route = Route("p", "p:1", "d", "d:1", predicted_first_s=0.5, work_s=0.1)
+    before = bench.book(route, query(ttft_s=0.5))
+    bench.view.remove("p")
+    bench.report("p")
+    waiting = bench.book(route, query(ttft_s=9.0))
+    bench.book(route, query(ttft_s=1.0))
+    assert waiting.delayed_s == pytest.approx(0.1)
+    bench.view.end(before, NOW)
+    assert waiting.delayed_s == pytest.approx(0.1)
+
+
 def test_an_idle_decode_worker_is_no_short_queue_where_others_compute_prompts() -> None:
     bench = Bench("p", "c", "d")
     bench.report("p", queued_tokens=8000, queued_s=0.5)
