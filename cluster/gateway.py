@@ -224,7 +224,7 @@ class Gateway:
             raise
         is_chat = is_conversation(request.prompt)
         # Its text has been of use, and may be long.
-        room_tokens = int(min(self.model.max_context, self.view.most_tokens())) - len(token_ids)
+        room_tokens = self.view.room_tokens(len(token_ids), self.model.max_context) - len(token_ids)
         quota_tokens = self.quotas.fill_tokens(request.tenant, len(token_ids)) / request.params.n
         request = replace(fitted(request, int(min(room_tokens, quota_tokens))), prompt=(), tools=())
         objectives = self._config.objectives_of(request.objectives, request.slo_class)

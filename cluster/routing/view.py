@@ -10,7 +10,6 @@ Nothing here walks all workers, so what an event or a question costs does not gr
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
@@ -26,6 +25,8 @@ from cluster.routing.worker_load import DecodeLoad, PrefillLoad
 
 # A prompt that waits weighs as much as so many rows, as in vLLM's balancing of its replicas.
 WAITING_WEIGHT = 4
+# Times the mean answer: where lengths are spread exponentially, one in three thousand is longer.
+AMPLE_ANSWERS = 8
 
 
 class ClusterView:
@@ -209,9 +210,13 @@ class ClusterView:
         soonest_s = min((order.load(order.least(1)[0]) for order in orders), default=now)
         return max(0.0, soonest_s - now)
 
-    def most_tokens(self) -> float:
-        """Of one sequence: what the largest of the workers that decode has KV blocks for."""
-        return max(self.decode_capacities, default=math.inf)
+    def room_tokens(self, prompt_tokens: int, max_context: int) -> int:
+        """What prompt and answer may have together where the request names no length: the KV blocks of the smallest of
+        the workers that decode in which nearly any answer ends, or of the largest. More would leave all others out."""
+        ample = min(max_context, prompt_tokens + AMPLE_ANSWERS * self.answer_tokens)
+        capacities = self.decode_capacities
+        tokens = min((each for each in capacities if each >= ample), default=max(capacities, default=max_context))
+        return min(tokens, max_context)
 
     def expected_answer(self, allowed_tokens: int) -> float:
         """Tokens of an answer that may have `allowed_tokens`."""

@@ -59,6 +59,29 @@ def test_who_was_booked_in_a_workers_last_life_leaves_those_of_this_one_alone() 
     assert waiting.delayed_s == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "prompt_tokens", "room_tokens"),
+    [
+        ((), 100, 4000),
+        ((100, 99), 100, 1584),
+        ((200, 80, 60), 100, 960),
+        ((200, 80, 60), 300, 1280),
+        ((200, 80, 60), 600, 3200),
+        # Ample is what the context allows, and where none is, the largest must do.
+        ((400, 250), 3500, 4000),
+        ((60, 40), 100, 960),
+    ],
+)
+def test_an_answer_of_any_length_has_room_on_more_workers_than_the_largest(
+    blocks: tuple[int, ...], prompt_tokens: int, room_tokens: int
+) -> None:
+    bench = Bench("p")
+    for index, count in enumerate(blocks):
+        bench.report(f"d{index}", blocks_total=count)
+    assert bench.view.answer_tokens == 100
+    assert bench.view.room_tokens(prompt_tokens, max_context=4000) == room_tokens
+
+
 def test_an_idle_decode_worker_is_no_short_queue_where_others_compute_prompts() -> None:
     bench = Bench("p", "c", "d")
     bench.report("p", queued_tokens=8000, queued_s=0.5)

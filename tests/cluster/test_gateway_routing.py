@@ -71,6 +71,16 @@ def ask(ttft_s: float | None = None, tpot_s: float | None = None, **changes: obj
     return {"prompt": (1, 2, 3), "params": TO_THE_END.params, "objectives": objectives, **changes}
 
 
+@on_virtual_time
+async def test_chats_without_a_length_go_to_all_decode_workers() -> None:
+    async with routing(FakeDecode([*ANSWER, 0], eos=0), workers=("p",)) as gateway:
+        for name, blocks in (("d1", 128), ("d2", 127)):
+            gateway.heartbeat(report(name, stats=replace(STATS, blocks_total=blocks, blocks_free=blocks)))
+        tasks = [start(gateway, f"r{index}", **ask(fills_context=True)) for index in range(8)]
+        used = {complete.receipt.decode_worker for _, complete in await asyncio.gather(*tasks)}
+        assert used == {"d1", "d2"}
+
+
 # ── objectives ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
