@@ -184,15 +184,19 @@ class FaultWorld(World):
     def network(self, role: Role) -> MemoryNetwork[PrefillService] | MemoryNetwork[DecodeService]:
         return self.prefill_network if role == "prefill" else self.decode_network
 
+    def blocks_of(self, role: Role, name: str) -> int:
+        """How many a worker has."""
+        return self.shape.prefill_blocks if role == "prefill" else self.shape.decode_blocks
+
     def start_worker(self, keeper: _Keeper) -> PrefillWorker | DecodeWorker:
-        shape = self.shape
+        shape, blocks = self.shape, self.blocks_of(keeper.role, keeper.name)
         if keeper.role == "prefill":
-            layout = KVLayout(MODEL, 4, 1, 1, "uint64", shape.prefill_block, shape.prefill_blocks)
+            layout = KVLayout(MODEL, 4, 1, 1, "uint64", shape.prefill_block, blocks)
             prefill = self._prefill(self._frozen(layout, keeper), keeper.name)
             self.prefills[keeper.name] = prefill
             self.prefill_network.register(keeper.name, prefill)
             return prefill
-        layout = KVLayout(MODEL, 4, 1, 1, "uint64", shape.decode_block, shape.decode_blocks)
+        layout = KVLayout(MODEL, 4, 1, 1, "uint64", shape.decode_block, blocks)
         decode = self._decode(self._frozen(layout, keeper), keeper.name)
         self.decodes[keeper.name] = decode
         self.decode_network.register(keeper.name, decode)

@@ -72,9 +72,16 @@ def _draw_request(rng: random.Random, name: str, beginning: list[int]) -> Genera
     return GenerateRequest(name, prompt, params, salt=salt, deadline_s=deadline_s)
 
 
-def check_client(client: Client, oracle: EmulatedRunner, late_s: float, *, may_refuse: bool = False) -> None:
+def check_client(
+    client: Client,
+    oracle: EmulatedRunner,
+    late_s: float,
+    *,
+    may_refuse: bool = False,
+    may_fail: tuple[type[TandemError], ...] = (),
+) -> None:
     """Every choice is a prefix of the one right answer, and all of it unless the client or its deadline cut it. With
-    `may_refuse` the gateway may have refused it, before its first token."""
+    `may_refuse` the gateway may have refused it, before its first token; `may_fail`: what else may have ended it."""
     name = client.request.request_id
     params = client.request.params
     assert client.ended_s is not None, f"{name} never ended"
@@ -92,6 +99,8 @@ def check_client(client: Client, oracle: EmulatedRunner, late_s: float, *, may_r
         return
     if may_refuse and isinstance(client.error, Overloaded):
         assert not client.seen, f"{name} was refused after its first token"
+        return
+    if isinstance(client.error, may_fail):
         return
     may_expire = client.request.deadline_s is not None and isinstance(client.error, DeadlineExceeded)
     assert may_expire or client.cancel_after_s is not None, f"{name} failed: {client.error!r}"
