@@ -85,7 +85,7 @@ class Breakers:
                 self._close(worker_id)
 
     def pulled(self, booking: Booking) -> None:
-        """Its decode worker has all of its prompt's KV."""
+        """Its decode worker has had all that it needs of the prefill worker."""
         if not booking.route.is_local:
             self._complaints.pulled(booking.route.decode_id, booking.route.prefill_id)
 
