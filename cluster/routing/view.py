@@ -31,7 +31,7 @@ AMPLE_ANSWERS = 8
 
 class ClusterView:
     """Workers by role. Those in the orders may be given work; `prefills` and `decodes` also hold draining and silent
-    ones, whose bookings go on. Block sizes and capacities count workers that may be given work, and draining ones."""
+    ones, whose bookings go on. Block sizes and capacities count all of these: who is silent may be back in a moment."""
 
     def __init__(
         self, costs: WorkerCosts, fresh_s: float, expire_s: float, answer_tokens: float, prefix_index: PrefixIndex
@@ -120,6 +120,7 @@ class ClusterView:
         """Forgets a worker. One that starts anew, or in another role, is another one."""
         self._silence(worker_id)
         self._silent.pop(worker_id, None)
+        self._count(worker_id, -1)
         self.prefills.pop(worker_id, None)
         self.decodes.pop(worker_id, None)
         self.prefix_index.forget(worker_id)
@@ -229,7 +230,7 @@ class ClusterView:
 
     def _count(self, worker_id: str, change: int) -> None:
         load = self._load(worker_id)
-        if load is None or worker_id not in self._heard:
+        if load is None:
             return
         capacities = self.prefill_capacities if worker_id in self.prefills else self.decode_capacities
         for counter, value in ((capacities, load.capacity_tokens), (self.block_sizes, load.report.stats.block_size)):
@@ -238,7 +239,6 @@ class ClusterView:
                 del counter[value]
 
     def _silence(self, worker_id: str) -> None:
-        self._count(worker_id, -1)
         heard_s = self._heard.pop(worker_id, None)
         if heard_s is not None:
             self._silent[worker_id] = heard_s

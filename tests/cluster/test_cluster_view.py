@@ -157,7 +157,7 @@ def test_silent_workers_leave_the_orders_and_then_memory() -> None:
     bench.view.expire(NOW + 3.1)
     assert bench.view.prefill_order.ids == ["p1"]
     assert set(bench.view.prefills) == {"p0", "p1"}
-    assert bench.view.prefill_capacities.total() == 1
+    assert bench.view.prefill_capacities.total() == 2, "the other may be back in a moment"
     bench.report("p0", NOW + 5.1)
     assert bench.view.prefill_order.ids == ["p0"]
     bench.view.expire(NOW + 80.0)
@@ -250,7 +250,8 @@ def check(bench: Bench, world: World, now: float) -> None:
     assert set(view.local_order.ids) == {name for name in usable if not name.startswith("p")}
     assert set(view.decode_order.ids) == {name for name in usable if name.startswith("d")}
     assert set(view.colocated_order.ids) == {name for name in usable if name.startswith("c")}
-    assert view.block_sizes.total() == len(fresh)
+    known = {name for name, heard_s in world.reported.items() if now - heard_s <= 60.0}
+    assert view.block_sizes.total() == len(known)
     for name, prefill in view.prefills.items():
         own = [b for b in world.bookings if b.route.prefill_id == name and b.first_s is None]
         assert abs(prefill.backlog.own_work_s - sum(b.work_s for b in own)) < 1e-9
