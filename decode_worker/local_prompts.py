@@ -15,7 +15,7 @@ Without a cost model the oldest goes first, and each step computes what the toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from decode_worker.config import DecodeConfig
 from decode_worker.flight import Reached
@@ -57,10 +57,6 @@ class LocalPrompts:
         return len(self._waiting) + len(self.computing)
 
     @property
-    def waiting(self) -> Iterator[Choice]:
-        return iter(self._waiting)
-
-    @property
     def is_anybody_waiting(self) -> bool:
         return len(self._waiting) > 0
 
@@ -73,8 +69,8 @@ class LocalPrompts:
             self._waiting.push(choice.owner, choice, now, choice.age[0] + choice.age[1] / MAX_CHOICES)
             return
         left_s = self._measure(choice, self._pool.lookup(choice.token_ids, choice.request.submit.salt))
-        if choice.request.times.first_token_s is not None or choice.request.submit.prompt_tokens:
-            # It has given tokens, and its client waits for the next: before all prompts, the oldest first.
+        if choice.request.is_read:
+            # Before all prompts, the oldest first.
             wish = Urgency(choice.age[0] + choice.age[1] / MAX_CHOICES, due_s=-math.inf)
             objective_s, late_after_s = wish.patient_until_s - PREEMPTED_S, math.inf
         else:
@@ -108,12 +104,17 @@ class LocalPrompts:
         if self._cost is not None:
             self._measure(choice, end)
 
-    def admit(self, fits: Callable[[int], bool], now: float) -> None:
-        """Gives blocks to those that wait, in order, all that each needs at once."""
-        while (choice := self._waiting.peek(now, is_late_turn=self._is_late_turn)) is not None:
+    def next(self, now: float) -> Choice | None:
+        """Who of those that wait is to have blocks first."""
+        return self._waiting.peek(now, is_late_turn=self._is_late_turn)
+
+    def admit(self, may_have: Callable[[Choice, int], bool], now: float) -> None:
+        """Gives blocks to those that wait, in order, all that each needs at once. `may_have` says whether a choice may
+        have blocks for so many tokens."""
+        while (choice := self.next(now)) is not None:
             cached = self._pool.new(choice.owner, choice.token_ids, choice.request.submit.salt)
             missing = len(choice.token_ids) - cached
-            if not fits(missing) or self._pool.append(choice.owner, missing) is None:
+            if not may_have(choice, missing) or self._pool.append(choice.owner, missing) is None:
                 self._pool.free(choice.owner)
                 return
             self._waiting.pop(now, is_late_turn=self._is_late_turn)

@@ -63,12 +63,13 @@ class Pulls:
         self._pool.truncate(request.lead.owner, first_token)
         request.cached_tokens = max(request.have_tokens, cached_tokens)
 
-    def grant(self, fits: Callable[[int], bool]) -> list[Request]:
-        """Reserves whole prompts for those that wait for it, oldest first; returns who may read on."""
+    def grant(self, may_have: Callable[[Request, int], bool]) -> list[Request]:
+        """Reserves whole prompts for those that wait for it, oldest first; returns who may read on. `may_have` says
+        whether a request may have blocks for so many tokens."""
         granted: list[Request] = []
         for request in self.reserving():
             missing = self.missing(request)
-            appended = self._pool.append(request.lead.owner, missing) if fits(missing) else None
+            appended = self._pool.append(request.lead.owner, missing) if may_have(request, missing) else None
             if appended is None:
                 break
             # Received KV starts on a block's boundary: both sides' block sizes are powers of two.
@@ -92,8 +93,10 @@ class Pulls:
         return len(request.submit.token_ids) - held
 
     def demote(self, kept: Request) -> Request | None:
-        """Takes the youngest but `kept` out, and back the prefix that it has pinned. Call while nobody receives."""
-        holders = [request for request in self._open.values() if request is not kept]
+        """Takes the youngest but `kept` out that has pinned a prefix, and that back. Call while nobody receives."""
+        # Whoever has pinned nothing would give nothing back.
+        others = [request for request in self._open.values() if request is not kept]
+        holders = [request for request in others if self._pool.block_count(request.lead.owner)]
         if not holders:
             return None
         youngest = max(holders, key=lambda request: request.serial)

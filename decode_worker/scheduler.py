@@ -3,10 +3,10 @@
 Every step takes one token of each running choice, and with what is left of the local token budget chunks of prompts
 that are computed here. The states are in `sequence.py`.
 
-Who may have blocks, when there are too few: running choices first, then the oldest of those that wait. A running choice
-that cannot grow takes the blocks of the youngest one, which is recomputed later (preemption by recompute). A request
-that waits while nothing runs takes the prefix that the youngest puller has pinned (demotion: that one is computed
-here). So the oldest request always gets on, whatever the others hold.
+Who may have blocks, when there are too few: running choices first, then those that wait, in turn (`room.py`). A running
+choice that cannot grow takes the blocks of the youngest one, which is recomputed later (preemption by recompute). A
+request that waits while nothing runs takes the prefix that the youngest puller has pinned (demotion: that one is
+computed here). So whose turn it is always gets on, whatever the others hold.
 
 With a cost model, objectives count: which running choices are in a step says `selection.py`, how much of the local
 prompts `local_prompts.py`. Who has blocks does not change by that.
@@ -26,6 +26,7 @@ from decode_worker.flight import DecodeBatch, Flight
 from decode_worker.local_prompts import LocalPrompts
 from decode_worker.pulls import Pulls
 from decode_worker.repeat import Repeat, book_blocks, drawn_by_row, plan, settle
+from decode_worker.room import Room
 from decode_worker.running import Copies, Running
 from decode_worker.sequence import Choice, ChoiceState, Request, RequestState
 from decode_worker.stream import Delta, Event
@@ -65,6 +66,7 @@ class DecodeScheduler:
         self._running = Running(pool, config, cost, self._local)
         self._unstarted: list[Choice] = []  # RUNNING, perhaps without a step so far
         self._flight = Flight(pool)
+        self._room = Room(pool, self._pulls, self._local, self._running, self._flight)
         self._repeat: Repeat | None = None
         self.context_tokens = 0
 
@@ -121,9 +123,9 @@ class DecodeScheduler:
         """The stream's first frame is here: KV from `first_token` on will come. Now the request wants blocks."""
         self._pulls.began(request, first_token, cached_tokens)
 
-    def grant(self) -> list[Request]:
-        """Reserves whole prompts for those that wait for it, oldest first; returns who may read on."""
-        return self._pulls.grant(self._fits)
+    def grant(self, now: float) -> list[Request]:
+        """Reserves whole prompts for those whose turn it is; returns who may read on."""
+        return self._room.grant(now)
 
     def first_tokens(self, request: Request, sampled: tuple[Sampled, ...], now: float) -> list[Emission]:
         """The prompt's first output tokens, one per choice; they go out before the KV is complete."""
@@ -181,7 +183,7 @@ class DecodeScheduler:
         selection, rows = chosen
         work = selection.work
         if self._local:
-            self._local.admit(self._fits, now)
+            self._room.admit(now)
             chunks = self._local.chunks(reached, work, selection.limit_s, now)
         else:
             chunks = []
@@ -263,39 +265,23 @@ class DecodeScheduler:
                 self._book(choice, delta, now, events)
 
     def make_room(self, now: float) -> list[Request]:
-        """When everybody waits: takes back pinned prefixes, the youngest first, until the oldest can have its blocks.
+        """When everybody waits: takes back pinned prefixes, the youngest first, until somebody can have blocks.
 
         Call while no step is under way, after `grant`. Returns pulls to be closed; their requests are computed here.
         """
         assert not self._flight.is_under_way, "somebody may have blocks after the step under way"
         demoted: list[Request] = []
-        while self.is_stuck():
-            oldest = min(self._needy(), key=lambda request: request.serial)
-            youngest = self._pulls.demote(oldest)
-            if youngest is None:
-                break
+        while self.is_stuck(now) and (youngest := self._room.demote(now)) is not None:
             self._compute_here(youngest, now)
             demoted.append(youngest)
-            self._local.admit(self._fits, now)
+            self._room.admit(now)
         return demoted
 
-    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _needy(self) -> list[Request]:
-        return self._pulls.reserving() + [choice.request for choice in self._local.waiting]
-
-    def is_stuck(self) -> bool:
+    def is_stuck(self, now: float) -> bool:
         """True when somebody waits for blocks, nobody can have them, and nobody is going to give any back."""
-        if self._running or self._local.computing or self._flight.is_anybody_leaving or not self._needy():
-            return False
-        if self._pulls.is_receiving:
-            return False
-        reserving = self._pulls.reserving()
-        return not (reserving and self._fits(self._pulls.missing(reserving[0])))
+        return self._room.is_stuck(now)
 
-    def _fits(self, tokens: int) -> bool:
-        """Room for a newcomer: what it needs, and a block for each running choice, lest they preempt it at once."""
-        return self.pool.blocks_for(tokens) + len(self._running) <= self.pool.available_count
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _compute_here(self, request: Request, now: float) -> None:
         request.move(RequestState.LOCAL)

@@ -130,6 +130,11 @@ class Request:
         return self.state not in (RequestState.QUEUED, RequestState.PULLING)
 
     @property
+    def is_read(self) -> bool:
+        """Whether its client has had tokens, and waits for the next."""
+        return self.times.first_token_s is not None or self.submit.prompt_tokens > 0
+
+    @property
     def is_finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
 

@@ -107,8 +107,7 @@ class DecodeWorker:
         finally:
             tasks = self._open.cancel()
             await self._pipeline.call_off()
-            if tasks:
-                await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def drain(self) -> None:
         """Gives back, as HandedBack, what has not begun, and from now on whatever comes. The rest is served to its
@@ -163,12 +162,13 @@ class DecodeWorker:
                 return
         batch = self._scheduler.schedule(asyncio.get_running_loop().time())
         self._open_pulls()
-        self._grant()
+        is_granted = self._grant()
         if batch is not None:
             await self._launch(batch)
         elif not self._pipeline.is_empty:
             await self._land()
-        else:
+        elif not is_granted:
+            # Otherwise there may be something to schedule now: a prompt that has waited for its turn behind a pull.
             await self._rest()
 
     async def _launch(self, batch: DecodeBatch) -> None:
@@ -204,7 +204,7 @@ class DecodeWorker:
         if demoted:
             return
         if not self._open:
-            lost = self._scheduler.is_stuck() or (not self._live and self._pool.owners)
+            lost = self._scheduler.is_stuck(asyncio.get_running_loop().time()) or (not self._live and self._pool.owners)
             assert not lost, f"{self.worker_id}: blocks are held by nobody who is here: {self._pool.owners}"
         if not self._live:
             self._pool.check_at_times(asyncio.get_running_loop().time())
@@ -217,8 +217,7 @@ class DecodeWorker:
             case FromGateway(session=session, command=Submit() as submit):
                 self._submit(session, submit)
             case FromGateway(session=session, command=Cancel() as cancel):
-                request = session.requests.get(cancel.request_id)
-                if request is not None:
+                if (request := session.requests.get(cancel.request_id)) is not None:
                     self._emit([(request, request.done())])
             case Expire(key=key):
                 if key in self._live:
@@ -234,8 +233,7 @@ class DecodeWorker:
             case Ended(pull=pull):
                 self._pull_ended(pull)
             case Began(pull=pull) | First(pull=pull) | Arrived(pull=pull):
-                live = self._live.get(pull.request.key)
-                if live is not None and live.pull is pull:
+                if (live := self._live.get(pull.request.key)) is not None and live.pull is pull:
                     self._handle_pull(live, message)
 
     def _submit(self, session: Session, submit: Submit) -> None:
@@ -290,11 +288,13 @@ class DecodeWorker:
         for request in self._scheduler.start_pulls():
             self._live[request.key].pull = self._open.start(request)
 
-    def _grant(self) -> None:
-        for request in self._scheduler.grant():
+    def _grant(self) -> bool:
+        """Whether anybody was given blocks."""
+        for request in (granted := self._scheduler.grant(asyncio.get_running_loop().time())):
             pull = self._live[request.key].pull
             assert pull is not None, f"{request.key} waits for blocks without an open stream"
             pull.grant.set_result(self._pool.table(request.lead.owner))
+        return bool(granted)
 
     def _pull_ended(self, pull: Pull) -> None:
         self._open.ended(pull)

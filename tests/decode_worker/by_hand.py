@@ -100,7 +100,7 @@ class Bench:
         """All of a pulled request's life up to its choices' joining the batch. Its blocks must be free for it."""
         for started in self.scheduler.start_pulls():
             self.scheduler.began(started, started.have_tokens, 0)
-        self.scheduler.grant()
+        self.scheduler.grant(self.now)
         assert request.state is RequestState.RECEIVING, "there are no blocks for it"
         return self.arrive(request, first_tokens)
 

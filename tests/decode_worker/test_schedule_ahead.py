@@ -253,12 +253,12 @@ def test_blocks_under_way_are_not_granted():
     desk.scheduler.began(big, 0, 0)
     desk.schedule()
     desk.cancel(running)
-    assert desk.scheduler.grant() == []
+    assert desk.scheduler.grant(desk.now) == []
     desk.complete({"r1/0": [8]})
-    assert desk.scheduler.grant() == [], "a step that names them is still to run"
+    assert desk.scheduler.grant(desk.now) == [], "a step that names them is still to run"
     assert desk.schedule() is None
     desk.complete({"r1/0": [8]})
-    assert desk.scheduler.grant() == [big]
+    assert desk.scheduler.grant(desk.now) == [big]
     desk.arrive(big, (9,))
     finish(desk)
 

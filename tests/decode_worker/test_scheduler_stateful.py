@@ -112,7 +112,7 @@ class Scheduling(RuleBasedStateMachine):
                 self.desk.scheduler.began(request, request.have_tokens, 0)
 
     def grant_and_arrive(self, data: st.DataObject) -> None:
-        self.desk.scheduler.grant()
+        self.desk.scheduler.grant(self.desk.now)
         receiving = [request for request in self.unfinished() if request.state is RequestState.RECEIVING]
         if receiving:
             request = data.draw(st.sampled_from(receiving))
@@ -177,7 +177,7 @@ class Scheduling(RuleBasedStateMachine):
             if desk.schedule() is None and not desk.under_way:
                 desk.scheduler.start_pulls()
                 self.begin_all()
-                desk.scheduler.grant()
+                desk.scheduler.grant(desk.now)
                 receiving = [request for request in self.unfinished() if request.state is RequestState.RECEIVING]
                 for request in receiving:
                     desk.arrive(request, (1,) * len(request.choices))
@@ -210,7 +210,7 @@ class Repeating(Scheduling):
             if prompt[0] == 1 and length % 2:
                 return  # It begins later, perhaps while others run.
         self.begin_all()
-        for request in self.desk.scheduler.grant():
+        for request in self.desk.scheduler.grant(self.desk.now):
             self.desk.arrive(request, tuple(first[: len(request.choices)]))
 
     @precondition(lambda self: not self.desk.under_way)
