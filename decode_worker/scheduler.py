@@ -243,6 +243,9 @@ class DecodeScheduler:
         for row, choice, sampled in zip(batch.batch.rows, batch.choices, out.sampled, strict=True):
             if choice.request.is_dropped or choice.state is ChoiceState.FINISHED:
                 continue
+            if row.sample is not None and (problem := row.sample.problem(sampled)) is not None:
+                events.append((choice.request, choice.request.lose(problem)))
+                continue
             if choice.state is not ChoiceState.RUNNING:
                 self._complete_chunk(row.end, choice, sampled, now, events)
                 continue

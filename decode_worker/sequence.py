@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from operator import attrgetter
 
-from decode_worker.stream import Delta, Done, Submit
+from decode_worker.stream import Delta, Done, Failed, Submit
 from engine.batch import Sampled
+from engine.errors import TandemError
 from engine.multi_step import can_repeat
 from engine.request import FinishReason, Receipt
 
@@ -98,7 +99,8 @@ class Timeline:
 @dataclass(slots=True, eq=False)
 class Request:
     """One Submit. `serial` orders requests by arrival: the smallest is the oldest. `have_tokens` says how much of the
-    prompt was in the local cache when its pull began; `cached_tokens` how much was not computed, on either side."""
+    prompt was in the local cache when its pull began; `cached_tokens` how much was not computed, on either side.
+    `problem`: why a step could draw nothing for it."""
 
     key: str
     serial: int
@@ -112,6 +114,7 @@ class Request:
     kv_bytes: int = 0
     kv_bytes_before_first_token: int = 0
     is_dropped: bool = False
+    problem: TandemError | None = None
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -152,6 +155,11 @@ class Request:
             f"{self.key} cannot go from {self.state.name} to {state.name}"
         )
         self.state = state
+
+    def lose(self, problem: TandemError) -> Failed:
+        """It has come to nothing in a step: none of its choices gets anything any more."""
+        self.is_dropped, self.problem = True, problem
+        return Failed(self.submit.request_id, problem)
 
     def done(self) -> Done:
         return Done(self.submit.request_id, self.cached_tokens, self.receipt())

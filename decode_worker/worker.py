@@ -315,16 +315,16 @@ class DecodeWorker:
     def _emit(self, emissions: Iterable[Emission]) -> None:
         """One push per gateway, whatever the number of its sequences."""
         per_session: dict[Session, list[Event]] = {}
-        finished: list[Live] = []
+        ended: list[Live] = []
         for request, event in emissions:
             live = self._live[request.key]
             per_session.setdefault(live.session, []).append(event)
-            if isinstance(event, Done):
-                finished.append(live)
+            if isinstance(event, Done | Failed):
+                ended.append(live)
         for session, events in per_session.items():
             session.push(self._pipeline.steps, events)
-        for live in finished:
-            self._drop(live)
+        for live in ended:
+            self._drop(live, live.request.problem)
 
     def _fail(self, live: Live, error: TandemError) -> None:
         live.session.push(self._pipeline.steps, [Failed(live.request.submit.request_id, error)])

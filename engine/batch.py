@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.errors import InvalidArgument
 from engine.sampling import SamplingParams
 
 
@@ -28,7 +29,17 @@ class SampleSpec:
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
 
+    def problem(self, drawn: Sequence[Sampled]) -> InvalidArgument | None:
+        """Why what was drawn for it are no tokens, None where they are."""
+        if drawn[0].token_id != NO_TOKEN:
+            return None
+        assert self.params.structure is not None, "only where a structure is lost nothing can be drawn"
+        return self.params.structure.lost(self.step)
 
+
+# Stands for a draw of a row that cannot be held to its structure any further: its request is to fail. No vocabulary has
+# it.
+NO_TOKEN = -1
 # Stands in a row's `token_ids` for a token that is not drawn yet. No vocabulary has it: nobody can take it for one.
 PENDING_TOKEN = -1
 
@@ -80,7 +91,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """`sampled[r]` holds one entry per choice of row r's SampleSpec, and is empty for a row without one."""
+    """`sampled[r]` holds one entry per choice of row r's SampleSpec, and is empty for a row without one. NO_TOKEN is in
+    none of a row's entries or in all."""
 
     sampled: tuple[tuple[Sampled, ...], ...]
 

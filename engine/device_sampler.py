@@ -14,15 +14,15 @@ two may also choose different ones as the last of the top few.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from engine.batch import Sampled, SampleSpec
 from engine.random_draw import draw_key
-from engine.sampler import GREEDY_TEMPERATURE, NEVER, structure_mask
+from engine.sampler import GREEDY_TEMPERATURE, NEVER, structure_masks, without_lost
 from engine.sampling import SamplingParams
 from engine.structure import Guide
 from kernels.gpu.sample import sample
@@ -41,6 +41,8 @@ class Prepared:
     specs: tuple[SampleSpec, ...]
     # What structures do not allow, [rows, vocab] bool on the device; None where no row has one.
     banned: torch.Tensor | None = None
+    # The same by row, on the host: see structure_masks.
+    masks: Mapping[int, torch.Tensor | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +97,8 @@ class DeviceSampler:
         _pack_filters(specs, self.vocab_size, inputs)
         _pack_biases(edits, inputs)
         _pack_histories(specs, histories, inputs)
-        return Prepared(inputs.on(self._device), tuple(specs), self._structure_masks(specs))
+        masks = structure_masks(self._guide, specs)
+        return Prepared(inputs.on(self._device), tuple(specs), self._banned_by(masks, len(specs)), masks)
 
     def launch(self, logits: torch.Tensor, prepared: Prepared) -> Drawn:
         """Draws from logits [rows, vocab] float32 on the device, which stay unchanged."""
@@ -125,7 +128,7 @@ class DeviceSampler:
         if drawn.arrived is not None:
             drawn.arrived.synchronize()
         assert drawn.on_host is not None, "it is fetched by now"
-        return tuple(_rows(drawn.on_host))
+        return without_lost(list(_rows(drawn.on_host)), drawn.prepared.masks)
 
     def _fetch(self, drawn: Drawn) -> Drawn:
         """Starts the copy to the host."""
@@ -137,12 +140,14 @@ class DeviceSampler:
         arrived.record()
         return replace(drawn, on_host=on_host, arrived=arrived)
 
-    def _structure_masks(self, specs: Sequence[SampleSpec]) -> torch.Tensor | None:
-        masks = [structure_mask(self._guide, spec) for spec in specs]
-        if all(mask is None for mask in masks):
+    def _banned_by(self, masks: Mapping[int, torch.Tensor | None], rows: int) -> torch.Tensor | None:
+        if not masks:
             return None
-        nothing = torch.zeros(self.vocab_size, dtype=torch.bool)
-        return torch.stack([nothing if mask is None else mask for mask in masks]).to(self._device)
+        banned = torch.zeros(rows, self.vocab_size, dtype=torch.bool)
+        for row, mask in masks.items():
+            if mask is not None:
+                banned[row] = mask
+        return banned.to(self._device)
 
     def _banned(self, spec: SampleSpec) -> tuple[int, ...]:
         """Tokens that would end the sequence before its min_tokens."""

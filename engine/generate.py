@@ -58,7 +58,8 @@ class Generator:
         self._pool = BlockPool(runner.layout.num_blocks, runner.layout.block_size, prefix_cache)
 
     async def generate(self, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        """Answers per prompt and choice, in order. Raises InvalidArgument for a prompt that the pool can never hold."""
+        """Answers per prompt and choice, in order. Raises InvalidArgument for a prompt that the pool can never hold,
+        and for a structure that an answer cannot be held to."""
         answers: list[list[Answer]] = []
         for wave in self._waves(prompts):
             answers += await self._generate_wave(wave)
@@ -100,15 +101,16 @@ class Generator:
         computed = self._pool.new(lead, tokens)
         self._reserve(lead, len(tokens) - computed)
         sampled: tuple[Sampled, ...] = ()
+        spec = SampleSpec(prompt.params, prompt.seed, 0, tuple(range(prompt.params.n)), tokens)
         while computed < len(tokens):
             end = computed + next_chunk(computed, len(tokens), self._token_budget, self._pool.block_size)
-            spec = SampleSpec(prompt.params, prompt.seed, 0, tuple(range(prompt.params.n)), tokens)
             row = Row(
                 lead, tokens[computed:end], computed, self._pool.table(lead), spec if end == len(tokens) else None
             )
             sampled = (await self._runner.run(Batch((row,)))).sampled[0]
             self._pool.seal(lead, tokens, end)
             computed = end
+        _check(spec, sampled)
         for answer, drawn in zip(answers, sampled, strict=True):
             self._add(answer, drawn)
             if answer.choice and not answer.finish_reason:
@@ -131,6 +133,8 @@ class Generator:
         out = await self._runner.run(Batch(tuple(rows), tuple(copies)))
         for (owner, answer), row, sampled in zip(running, rows, out.sampled, strict=True):
             self._pool.seal(owner, (*answer.prompt.token_ids, *answer.token_ids), row.end)
+            assert row.sample is not None, "each row draws"
+            _check(row.sample, sampled)
             self._add(answer, sampled[0])
 
     def _reserve(self, owner: str, count: int) -> tuple[tuple[int, int], ...]:
@@ -147,3 +151,8 @@ class Generator:
             answer.finish_reason = FinishReason.STOP
         elif len(answer.tokens) >= params.max_tokens or length >= self._max_context:
             answer.finish_reason = FinishReason.LENGTH
+
+
+def _check(spec: SampleSpec, drawn: Sequence[Sampled]) -> None:
+    if (problem := spec.problem(drawn)) is not None:
+        raise problem

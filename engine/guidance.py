@@ -14,6 +14,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
@@ -26,8 +27,11 @@ from engine.tokenizer import Tokenizer
 # Grammars that are ready to begin, and answers under way.
 GRAMMARS_KEPT = 128
 MATCHERS_KEPT = 1024
-# llguidance's own bounds of what compiling and one step may cost; its messages without the state of its parser.
-LIMITS = LLParserLimits(verbose_errors=False)
+# Items of the parser that one token may lead to. All other answers of a step wait for it, and with llguidance's own
+# 50,000 an ambiguous grammar takes seconds. Of 160 real tool schemas none comes near this.
+MAX_STEP_ITEMS = 1000
+# Messages come without the state of the parser.
+LIMITS = LLParserLimits(step_max_items=MAX_STEP_ITEMS, verbose_errors=False)
 
 
 def check_structure(structure: Structure, field: str = "sampling_params.structure") -> None:
@@ -45,37 +49,55 @@ class Guides:
         assert eos_token_ids, "nothing could end an answer"
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
-        self._tokens = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_token_ids[0])), vocab_size)
+        self._tokens = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_token_ids)), vocab_size)
         self._grammars: OrderedDict[Structure, LLMatcher] = OrderedDict()
-        self._matchers: OrderedDict[tuple[Structure, tuple[int, ...]], LLMatcher] = OrderedDict()
+        self._places: OrderedDict[tuple[Structure, tuple[int, ...]], _Place] = OrderedDict()
 
     @property
     def is_there(self) -> bool:
         return True
 
-    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask:
+    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask | None:
         """The tokens that may not come after `output_ids`: [vocab_size], True for those. Where nothing may come but the
-        end, or the parser has met a limit, all but the end tokens."""
-        matcher = self._at(structure, tuple(output_ids))
+        end, all but the end tokens. None where nobody can tell: the text is no such structure or names a token that the
+        model lacks, `output_ids` break it, or the parser has met a limit."""
+        try:
+            matcher = self._at(structure, tuple(output_ids))
+        except InvalidArgument:
+            return None
         banned = np.ones(self._vocab_size, dtype=np.bool_)
-        if not matcher.is_error() and not matcher.is_stopped():
+        if not matcher.is_stopped():
             bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
             banned = np.unpackbits(bits, count=self._vocab_size, bitorder="little") == 0
-        if matcher.is_error() or matcher.is_stopped() or matcher.is_accepting():
+        if matcher.is_accepting():
             banned[self._eos_token_ids] = False
-        return banned
+        # A limit may have been met just now. And a vocabulary may have no token for what has to come.
+        return None if matcher.is_error() or banned.all() else banned
 
     def _at(self, structure: Structure, output_ids: tuple[int, ...]) -> LLMatcher:
-        """Where an answer is. Of two that are alike so far, the second one's is worked out from its beginning."""
-        matcher = self._matchers.pop((structure, output_ids[:-1]), None) if output_ids else None
-        if matcher is not None:
-            matcher.consume_token(output_ids[-1])
-        else:
+        """Where an answer is. Raises InvalidArgument for a text that is no such structure."""
+        place = self._places.get((structure, output_ids))
+        if place is None:
+            place = _Place(self._next(structure, output_ids))
+            self._places[structure, output_ids] = place
+            if len(self._places) > MATCHERS_KEPT:
+                self._places.popitem(last=False)
+        place.answers += 1
+        self._places.move_to_end((structure, output_ids))
+        return place.matcher
+
+    def _next(self, structure: Structure, output_ids: tuple[int, ...]) -> LLMatcher:
+        before = self._places.get((structure, output_ids[:-1])) if output_ids else None
+        if before is None:
             matcher = self._begin(structure)
             matcher.consume_tokens(list(output_ids))
-        self._matchers[structure, output_ids] = matcher
-        if len(self._matchers) > MATCHERS_KEPT:
-            self._matchers.popitem(last=False)
+            return matcher
+        before.answers -= 1
+        if before.answers:
+            matcher = before.matcher.deep_copy()
+        else:
+            matcher = self._places.pop((structure, output_ids[:-1])).matcher
+        matcher.consume_token(output_ids[-1])
         return matcher
 
     def _begin(self, structure: Structure) -> LLMatcher:
@@ -104,7 +126,7 @@ class LazyGuides:
         """False once it is known that there are none: the model's files hold no tokenizer."""
         return self._thread.is_alive() or self._made is not None
 
-    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask:
+    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask | None:
         """As Guides.banned. Waits until they are made."""
         self._thread.join()
         assert self._made is not None, "a structure was taken where no tokenizer is"
@@ -118,16 +140,26 @@ class LazyGuides:
             self._made = None
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where `answers` of those under way are, which are alike so far."""
+
+    matcher: LLMatcher
+    answers: int = 0
+
+
 class _Vocabulary:
     """What llguidance wants to know of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
+        self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = tokenizer.bos_token_id
         known = min(vocab_size, tokenizer.vocab_size)
         self.tokens = [token_bytes(tokenizer, token_id) for token_id in range(known)] + [b""] * (vocab_size - known)
-        self.special_token_ids = sorted(token_id for token_id in tokenizer.special_token_ids if token_id < vocab_size)
+        # An end token is no text, whether the tokenizer says so or not: within an answer it would end it.
+        special = tokenizer.special_token_ids | set(eos_token_ids)
+        self.special_token_ids = sorted(token_id for token_id in special if token_id < vocab_size)
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -8,11 +8,11 @@ a function of (seed, choice, step, token id) alone (engine/random_draw.py). Gree
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from engine.batch import Sampled, SampleSpec
+from engine.batch import NO_TOKEN, Sampled, SampleSpec
 from engine.random_draw import draw_key, gumbel_noise
 from engine.structure import Guide
 
@@ -40,23 +40,28 @@ class Sampler:
         return self._guide is not None and self._guide.is_there
 
     def sample(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> tuple[tuple[Sampled, ...], ...]:
-        """One entry per choice for each row of logits [len(specs), vocab] float32, which stay unchanged."""
+        """One entry per choice for each row of logits [len(specs), vocab] float32, which stay unchanged; NO_TOKEN for
+        rows that cannot be held to their structure."""
         assert logits.shape == (len(specs), self._vocab_size), f"logits {tuple(logits.shape)} for {len(specs)} rows"
         if not specs:
             return ()
-        edited = self._edit(logits, specs)
+        masks = structure_masks(self._guide, specs)
+        edited = self._edit(logits, specs, masks)
         greedy_ids = edited.argmax(-1).tolist()
         drawn = self._draw(edited, specs)
         token_ids = [
             drawn[row] if row in drawn else [greedy_ids[row]] * len(spec.choices) for row, spec in enumerate(specs)
         ]
         logprobs = _logprobs(logits, specs, token_ids)
-        return tuple(
+        drawn_rows = [
             tuple(logprobs.get((row, token_id), Sampled(token_id)) for token_id in ids)
             for row, ids in enumerate(token_ids)
-        )
+        ]
+        return without_lost(drawn_rows, masks)
 
-    def _edit(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    def _edit(
+        self, logits: torch.Tensor, specs: Sequence[SampleSpec], masks: Mapping[int, torch.Tensor | None]
+    ) -> torch.Tensor:
         """Bias, penalties, min_tokens and structure; the logits themselves where no row asks for any."""
         edited = logits
         for row, spec in enumerate(specs):
@@ -70,7 +75,7 @@ class Sampler:
                 _penalise(edited[row], spec)
             if banned:
                 edited[row, list(banned)] = NEVER
-            if (mask := structure_mask(self._guide, spec)) is not None:
+            if (mask := masks.get(row)) is not None:
                 edited[row].masked_fill_(mask.to(edited.device), NEVER)
         return edited
 
@@ -102,13 +107,24 @@ class Sampler:
         return drawn
 
 
-def structure_mask(guide: Guide | None, spec: SampleSpec) -> torch.Tensor | None:
-    """[vocab] bool, True for tokens that the structure of a row does not allow; None for a row without one."""
-    structure = spec.params.structure
-    if structure is None:
-        return None
-    assert guide is not None, "a structure was taken where nothing can hold answers to it"
-    return torch.from_numpy(guide.banned(structure, spec.output_ids))
+def structure_masks(guide: Guide | None, specs: Sequence[SampleSpec]) -> dict[int, torch.Tensor | None]:
+    """Row → [vocab] bool, True for tokens that its structure does not allow; None where the row cannot be held to it.
+    Rows without a structure are not in it."""
+    masks: dict[int, torch.Tensor | None] = {}
+    for row, spec in enumerate(specs):
+        if spec.params.structure is not None:
+            assert guide is not None, "a structure was taken where nothing can hold answers to it"
+            banned = guide.banned(spec.params.structure, spec.output_ids)
+            masks[row] = None if banned is None else torch.from_numpy(banned)
+    return masks
+
+
+def without_lost(
+    rows: Sequence[tuple[Sampled, ...]], masks: Mapping[int, torch.Tensor | None]
+) -> tuple[tuple[Sampled, ...], ...]:
+    """What rows drew, with NO_TOKEN for those that cannot be held to their structure."""
+    lost = {row for row, mask in masks.items() if mask is None}
+    return tuple((Sampled(NO_TOKEN),) * len(drawn) if row in lost else drawn for row, drawn in enumerate(rows))
 
 
 def _add_bias(logits: torch.Tensor, spec: SampleSpec) -> None:

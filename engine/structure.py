@@ -37,6 +37,13 @@ class Structure:
             limit = f"1 to {MAX_STRUCTURE_CHARS} characters"
             raise InvalidArgument("sampling_params.structure", f"{len(self.text)} characters", limit)
 
+    def lost(self, output_count: int) -> InvalidArgument:
+        """An answer could not be held to it after so many tokens."""
+        expected = "one that names tokens of this model, and that its parser can follow within its limits"
+        return InvalidArgument(
+            "sampling_params.structure", self.text, f"{expected}: after {output_count} tokens it cannot"
+        )
+
 
 class Guide(Protocol):
     """Says which tokens may come next."""
@@ -46,6 +53,7 @@ class Guide(Protocol):
         """False where it turned out that there is none."""
         ...
 
-    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask:
-        """The tokens that may not come after `output_ids`: [vocab_size], True for those."""
+    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask | None:
+        """The tokens that may not come after `output_ids`: [vocab_size], True for those. None where nobody can tell:
+        the answer cannot be held to its structure any further."""
         ...

@@ -62,10 +62,11 @@ class PrefillBatch:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A prompt is computed: its first token, one per choice."""
+    """A prompt is computed: its first token, one per choice, or why there is none."""
 
     job: Job
     sampled: tuple[Sampled, ...]
+    problem: InvalidArgument | None = None
 
 
 class PrefillScheduler:
@@ -194,7 +195,7 @@ class PrefillScheduler:
     def complete(self, batch: PrefillBatch, out: StepOutput) -> list[Finished]:
         """Books a finished step; returns the prompts that it completed. Jobs that left meanwhile are passed over."""
         finished: list[Finished] = []
-        for chunk, sampled in zip(batch.chunks, out.sampled, strict=True):
+        for row, chunk, sampled in zip(batch.batch.rows, batch.chunks, out.sampled, strict=True):
             job = chunk.job
             self._advance(job, chunk.end)
             self.pool.seal(job.key, job.call.token_ids, chunk.end)
@@ -203,7 +204,8 @@ class PrefillScheduler:
                 self._done[job.key] = self._running.pop(job.key)
                 self._forget(job)
                 if job.key not in self._leaving:
-                    finished.append(Finished(job, sampled))
+                    assert row.sample is not None, "a prompt's end draws"
+                    finished.append(Finished(job, sampled, row.sample.problem(sampled)))
         return finished
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -296,5 +296,7 @@ class PrefillWorker:
         job = finished.job
         job.finished_s = now
         sender = self._senders.get(job.key)
-        if sender is not None:
+        if sender is not None and finished.problem is not None:
+            sender.fail(finished.problem)
+        elif sender is not None:
             sender.first_token(FirstToken(finished.sampled, job.started_s - job.arrived_s, now - job.started_s))

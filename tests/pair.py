@@ -25,6 +25,7 @@ class Outcome:
     """What came of one request: token ids per choice, and how it ended."""
 
     token_ids: dict[int, list[int]] = field(default_factory=dict)
+    error: Exception | None = None
     receipt: Receipt | None = None
     cached_tokens: int = 0
 
@@ -40,8 +41,8 @@ class Pair:
         address = "" if local else self.prefill_address
         return await self.ask([Submit("", each.token_ids, each.params, each.seed, address) for each in prompts])
 
-    async def ask(self, submits: Sequence[Submit]) -> list[Outcome]:
-        """The same; the requests are named by their numbers."""
+    async def ask(self, submits: Sequence[Submit], *, may_fail: bool = False) -> list[Outcome]:
+        """The same; the requests are named by their numbers. Raises what one failed with, unless some `may_fail`."""
         outcomes = [Outcome() for _ in submits]
         stop = asyncio.Event()
 
@@ -61,7 +62,10 @@ class Pair:
                         outcome.cached_tokens, outcome.receipt = cached, receipt
                         unfinished -= 1
                     case Failed(error=error):
-                        raise error
+                        if not may_fail:
+                            raise error
+                        outcome.error = error
+                        unfinished -= 1
             if not unfinished:
                 stop.set()
         await self.settle()

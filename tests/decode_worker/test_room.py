@@ -143,9 +143,9 @@ def test_a_large_request_among_small_ones_is_served(address: str, big_address: s
     async def run() -> int:
         params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
         async with scene(num_blocks=20, max_queued=400) as (_, _, gateway, _):
-            for index in range(200):
-                gateway.send(submit([index % 90, 1, 2, 3, 4, 5, 6, 7], f"s{index}", params=params, prefill_address=address))
-                if index == 3:
+            for number in range(200):
+                gateway.send(submit([number % 90, *range(1, 8)], f"s{number}", params=params, prefill_address=address))
+                if number == 3:
                     gateway.send(submit([9] * 44, "big", params=params, prefill_address=big_address))
                 await asyncio.sleep(0.05)
             await asyncio.sleep(60)

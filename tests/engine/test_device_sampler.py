@@ -23,6 +23,7 @@ from tests.engine.test_sampler import (
     assert_follows,
     spec,
     test_a_draw_depends_on_seed_choice_and_step_alone,
+    test_a_row_that_loses_its_structure_draws_no_token,
     test_a_structure_decides_what_may_be_drawn,
     test_bias_comes_before_penalties,
     test_choices_of_one_row_are_what_each_would_draw_alone,
@@ -43,6 +44,7 @@ from tests.kernels.gpu.quick_interpreter import quick_interpreter
 __all__ = [
     "device",
     "test_a_draw_depends_on_seed_choice_and_step_alone",
+    "test_a_row_that_loses_its_structure_draws_no_token",
     "test_a_structure_decides_what_may_be_drawn",
     "test_bias_comes_before_penalties",
     "test_choices_of_one_row_are_what_each_would_draw_alone",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jsonschema
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 
 from engine.errors import InvalidArgument, ModelFileError
 from engine.guidance import MATCHERS_KEPT, Guides, LazyGuides, check_structure
@@ -39,7 +40,9 @@ def walk(made: Guides, structure: Structure, rng: random.Random, longest: int = 
     """Draws any of what is allowed until the end."""
     output: list[int] = []
     while len(output) < longest:
-        allowed = np.flatnonzero(~made.banned(structure, output)).tolist()
+        banned = made.banned(structure, output)
+        assert banned is not None, "it can be followed"
+        allowed = np.flatnonzero(~banned).tolist()
         assert allowed, "there is always something to draw"
         output.append(rng.choice(allowed))
         if output[-1] == END:
@@ -107,14 +110,72 @@ def test_an_answer_that_was_forgotten_is_worked_out_again(monkeypatch: pytest.Mo
     assert MATCHERS_KEPT > 1
 
 
-def test_what_breaks_the_structure_can_only_end() -> None:
-    banned = guides().banned(STRUCTURES["regex"][0], TOKENIZER.encode("zz"))
-    assert np.flatnonzero(~banned).tolist() == [END]
+# Each with an answer after which nobody can tell what may come next.
+LOST = {
+    "a token that is none": (Structure("grammar", 'start: <|nope|> "a"'), ""),
+    "a token beyond the vocabulary": (Structure("grammar", 'start: <[999999]> "a"'), ""),
+    "characters that no token has": (Structure("regex", "é"), ""),
+    "an ambiguous grammar": (Structure("grammar", 'start: "(" a ")"\na: a a | "x" | "y"'), "(" + "x" * 400),
+    "an answer that is none": (STRUCTURES["regex"][0], "zz"),
+    "no schema": (Structure("json_schema", "{"), ""),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_cannot_be_held_to_its_structure_does_not_look_complete(name: str) -> None:
+    structure, so_far = LOST[name]
+    made, output = guides(), TOKENIZER.encode(so_far)
+    # From its beginning, and step by step.
+    assert made.banned(structure, output) is None
+    assert any(made.banned(structure, output[:length]) is None for length in range(len(output) + 1))
+    # Others are not disturbed.
+    assert walk(made, STRUCTURES["choice"][0], random.Random(4))
+
+
+def test_one_step_of_an_ambiguous_grammar_is_bounded() -> None:
+    """All other answers of the step wait for it. Without the bound 600 tokens are taken, and take 10 s."""
+    structure, so_far = LOST["an ambiguous grammar"]
+    made, output = guides(), TOKENIZER.encode(so_far)
+    taken = next(length for length in range(len(output) + 1) if made.banned(structure, output[:length]) is None)
+    assert 50 < taken < 300
+
+
+def test_answers_that_are_alike_share_one_parser() -> None:
+    """To work out each from its beginning takes the longer, the further they are: for ambiguous grammars, seconds."""
+    begins = 0
+
+    class Counting(Guides):
+        def _begin(self, structure: Structure) -> LLMatcher:
+            nonlocal begins
+            begins += 1
+            return super()._begin(structure)
+
+    structure = Structure("regex", "[a-z]*")
+    made, common = Counting(TOKENIZER, VOCAB, (END,)), TOKENIZER.encode("abcdefgh")
+    ways = [[*common, *TOKENIZER.encode(rest)] for rest in ("xxxx", "xxxx", "yyyy", "xyxy", "zzzz")]
+    for length in range(len(ways[0]) + 1):
+        for way in ways:
+            mask = made.banned(structure, way[:length])
+            assert mask is not None
+            assert not mask[way[length] if length < len(way) else END]
+    assert begins == 1
+
+
+def test_an_end_token_that_is_not_marked_special_is_no_text() -> None:
+    """Some models have several, of which the tokenizer's file marks only one."""
+    tokenizer = ascii_tokenizer(plain=("<eot>",))
+    eot = END + 1
+    for ends in ((END, eot), (eot, END)):
+        made = Guides(tokenizer, tokenizer.vocab_size, ends)
+        banned = made.banned(Structure("json_schema", '{"type": "string"}'), tokenizer.encode('"ab'))
+        assert banned is not None
+        assert banned[[END, eot]].all()
 
 
 def test_tokens_beyond_the_tokenizers_are_never_drawn() -> None:
     wide = Guides(TOKENIZER, VOCAB + 31, (END,))
     banned = wide.banned(Structure("regex", "(.|\n)*"), ())
+    assert banned is not None
     assert banned.shape == (VOCAB + 31,)
     assert banned[VOCAB:].all()
     assert not banned[:VOCAB].any()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Sampled, SampleSpec
+from engine.batch import NO_TOKEN, Sampled, SampleSpec
 from engine.random_draw import draw_key, gumbel_noise, hash_bits
 from engine.sampler import Sampler
 from engine.sampling import SamplingParams
@@ -35,17 +35,18 @@ Make = Callable[[int, tuple[int, ...]], AnySampler]
 
 
 class EveryThird:
-    """A guide that allows every third token, and which ones depends on how many came before."""
+    """A guide that allows every third token, and which ones depends on how many came before. It loses `LOST`."""
 
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
         self.is_there = True
 
-    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask:
-        return (np.arange(self._vocab) + len(output_ids)) % 3 != 0
+    def banned(self, structure: Structure, output_ids: Sequence[int]) -> Mask | None:
+        return None if structure == LOST else (np.arange(self._vocab) + len(output_ids)) % 3 != 0
 
 
 STRUCTURE = Structure("regex", "any")
+LOST = Structure("regex", "none")
 
 
 @pytest.fixture
@@ -296,6 +297,22 @@ def test_a_structure_decides_what_may_be_drawn(make: Make) -> None:
     # Of the model, as ever.
     ((one,),) = sampler.sample(LOGITS[None], [spec(temperature=0.0, structure=STRUCTURE, logprobs=0)])
     assert one.logprob == pytest.approx(LOGITS.double().log_softmax(-1)[one.token_id].item(), rel=1e-5)
+
+
+def test_a_row_that_loses_its_structure_draws_no_token(make: Make) -> None:
+    """All others of the batch draw theirs, and keep their numbers."""
+    specs = [
+        spec(temperature=0.0),
+        spec(choices=(0, 1, 2), structure=LOST, logprobs=1),
+        spec(temperature=0.0, structure=STRUCTURE),
+        spec(temperature=0.0, logprobs=0),
+    ]
+    first, lost, held, last = make(VOCAB, (EOS,)).sample(LOGITS.expand(4, -1), specs)
+    assert lost == (Sampled(NO_TOKEN),) * 3
+    assert [one.token_id for one in (*first, *last)] == [int(LOGITS.argmax())] * 2
+    assert held[0].token_id % 3 == 0
+    for one, drawn in zip(specs, (first, lost, held, last), strict=True):
+        assert (one.problem(drawn) is None) == (drawn != lost)
 
 
 def test_no_rows_is_no_work(make: Make) -> None:

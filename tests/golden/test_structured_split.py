@@ -107,6 +107,39 @@ async def test_another_worker_goes_on_with_it(runners: list[TorchRunner]) -> Non
     assert [outcome.token_ids[0] for outcome in outcomes] == rest
 
 
+async def test_an_answer_that_cannot_be_held_to_its_structure_fails_alone(runners: list[TorchRunner]) -> None:
+    """It does not look complete, wherever the structure is lost: by the first token or by the second, or where another
+    worker goes on."""
+    single, prefill_side, decode_side = runners
+    right = [answers[0] for answers in await expected(single)]
+    structures = (
+        Structure("regex", "é"),
+        Structure("regex", "aé"),
+        Structure("grammar", 'start: <|nope|> "a"'),
+        Structure("json_schema", "{"),
+    )
+    for ahead in (False, True):
+        config = DecodeConfig(schedule_ahead=ahead)
+        async with pair(
+            prefill_side, decode_side, eos_token_ids=ENDS, max_context=CONTEXT, decode_config=config
+        ) as workers:
+            good = [Submit("", each.token_ids, each.params, each.seed) for each in PROMPTS]
+            bad = [
+                Submit(
+                    "", (*range(6), *so_far), SamplingParams(n=n, structure=structure), 1, address, prompt_tokens=count
+                )
+                for structure in structures
+                for address in ("", workers.prefill_address)
+                for n, so_far, count in ((1, (), 0), (3, (), 0), (1, TOKENIZER.encode("a"), 6))
+            ]
+            outcomes = await workers.ask([*good, *bad], may_fail=True)
+            assert [outcome.token_ids[0] for outcome in outcomes[: len(good)]] == right
+            for submit, outcome in zip(bad, outcomes[len(good) :], strict=True):
+                assert isinstance(outcome.error, InvalidArgument), submit
+                assert outcome.error.field == "sampling_params.structure"
+                assert all(END not in token_ids for token_ids in outcome.token_ids.values())
+
+
 async def test_a_worker_without_a_tokenizer_refuses(files: ModelFiles) -> None:
     runner = tiny_models.make_runner(files)
     try:
