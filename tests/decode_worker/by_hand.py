@@ -13,6 +13,7 @@ from decode_worker.sequence import Request, RequestState, Timeline
 from decode_worker.stream import Delta, Submit
 from engine.batch import PENDING_TOKEN, Batch, Row, Sampled, StepOutput
 from engine.block_pool import BlockPool
+from engine.emulated_runner import check_ownership
 from engine.sampling import SamplingParams
 from engine.step_cost import StepCost
 
@@ -48,6 +49,7 @@ class Memory:
 
     def execute(self, batch: DecodeBatch, drawn: dict[str, list[int]]) -> StepOutput:
         """`drawn`: the tokens that each sampling row draws, by the row's name."""
+        check_ownership(batch.batch, BLOCK)
         for source, target in batch.batch.copies:
             self._slots[target] = list(self._slots[source])
         rows = [self._resolved(row) for row in batch.batch.rows]
