@@ -49,7 +49,7 @@ def object_or_calls(
 
 def _grammar(rules: list[str], syntax: ToolSyntax, sign_id: int | None, tools: Sequence[Tool]) -> Structure:
     begin, end = (_text(syntax, sign_id, text) for text in (syntax.begin, syntax.end))
-    heads = [json.dumps(f'{{"name": {json.dumps(tool.name)}, "{syntax.arguments_key}": ') for tool in tools]
+    heads = [_quoted(f'{{"name": {_quoted(tool.name)}, "{syntax.arguments_key}": ') for tool in tools]
     bodies = [f'{head} arguments_{index} "}}"' for index, head in enumerate(heads)]
     rules = [*rules, f"call: {begin} rest", f"rest: body {end}", "body: " + " | ".join(bodies)]
     for index, tool in enumerate(tools):
@@ -69,7 +69,12 @@ def _text(syntax: ToolSyntax, sign_id: int | None, text: str) -> str:
     """A part of a rule for a fixed text."""
     if sign_id is not None and syntax.sign and text.startswith(syntax.sign):
         return f"<[{sign_id}]> {_text(syntax, sign_id, text.removeprefix(syntax.sign))}"
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    return _quoted(text) if text else ""
+
+
+def _quoted(text: str) -> str:
+    """As JSON and Lark both write it, characters outside ASCII as they are: so models write them too."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _json(schema: Mapping[str, Any]) -> str:

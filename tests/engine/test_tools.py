@@ -81,6 +81,20 @@ def test_who_must_call_calls_with_valid_arguments(name: str) -> None:
     assert seen == set(SCHEMAS)
 
 
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_names_are_written_as_they_are(name: str) -> None:
+    """Characters outside ASCII, too: models write no escapes for them. The reader takes either."""
+    syntax, sign_id = SYNTAXES[name]
+    structure = calls_only(syntax, sign_id, (Tool("größe"),), has_many=False)
+    check_structure(structure)
+    assert "größe" in structure.text
+    for written in ('"größe"', '"gr\\u00f6\\u00dfe"'):
+        call = f'{{"name": {written}, "{syntax.arguments_key}": {{}}}}'
+        reader = ToolReader(syntax, {"größe"})
+        pieces = reader.push(f"{syntax.opening}{syntax.begin}{call}{syntax.end}{syntax.closing}")
+        assert [*pieces, *reader.end()] == [CallBegins("größe"), Arguments("{}")]
+
+
 @pytest.mark.parametrize("name", ["hermes", "mistral"])
 def test_several_calls_may_follow_a_text(name: str) -> None:
     syntax, sign_id = SYNTAXES[name]
