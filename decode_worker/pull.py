@@ -279,7 +279,10 @@ class _Intake:
     def _first(self, frame: FirstToken, call: PrefillCall) -> None:
         if len(frame.sampled) != call.params.n:
             raise TransferFailed(f"{len(frame.sampled)} first tokens came for {call.params.n} choices")
-        if any(token.token_id >= self._runner.vocab_size for token in frame.sampled):
+        named = [
+            token_id for token in frame.sampled for token_id in (token.token_id, *(other for other, _ in token.top))
+        ]
+        if max(named) >= self._runner.vocab_size:
             raise TransferFailed(f"first tokens came that are none of {self._runner.vocab_size}")
         if self._first_token_s is not None:
             # Drawn anew for the sake of the KV beside it; one has gone out already.

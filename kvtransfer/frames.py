@@ -30,7 +30,8 @@ from engine.errors import CorruptFrame
 MAGIC = b"TKV1"
 PREFIX = struct.Struct("<4sIQ")
 MAX_HEADER_BYTES = 64 * 1024
-# Of anything that a header counts, in bytes or in tokens: what every field of a protobuf message can tell further.
+# Of anything that a header counts, in bytes or in tokens: what an int64 holds. Whoever takes a count checks it against
+# what it counts: most fields of the messages that may tell it further hold less.
 MAX_COUNT = (1 << 63) - 1
 MAX_TEXT_CHARS = 1024
 

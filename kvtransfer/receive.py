@@ -28,7 +28,9 @@ class KVReceiver:
                 f"stream offers tokens [{begin.first_token}, {begin.prompt_tokens}) "
                 f"where [{have_tokens}, {prompt_tokens}) were asked for"
             )
-        if begin.first_token % theirs.block_size:
+        if begin.cached_tokens > prompt_tokens:
+            raise TransferFailed(f"stream says that {begin.cached_tokens} of {prompt_tokens} tokens were cached")
+        if begin.first_token % theirs.block_size or begin.first_token % layout.block_size:
             raise TransferFailed(f"stream starts inside a block: token {begin.first_token}")
         self._begin = begin
         self._sender = theirs

@@ -135,10 +135,15 @@ def test_a_link_that_damages_everything_fails_the_request() -> None:
     virtual_loop.run(main())
 
 
-def test_first_tokens_that_no_model_draws_are_not_computed_with() -> None:
+@pytest.mark.parametrize(
+    "drawn", [Sampled(32000), Sampled(5, -0.5, ((1, -0.7), (1 << 40, -0.9)))], ids=["drawn", "top"]
+)
+def test_first_tokens_that_no_model_draws_are_not_computed_with(drawn: Sampled) -> None:
+    """Nor passed on: a frame of tokens has no room for such a number."""
+
     async def main() -> None:
-        async with scene() as (transport, _, gateway, runner):
-            wrong = FirstToken((Sampled(runner.vocab_size),), 0.0, 0.0)
+        async with scene() as (transport, _, gateway, _):
+            wrong = FirstToken((drawn,), 0.0, 0.0)
             transport.change = lambda frame: wrong if isinstance(frame, FirstToken) else frame
             gateway.send(submit(30, prefill_address="p"))
             await asyncio.sleep(1)

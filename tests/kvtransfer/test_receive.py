@@ -50,6 +50,20 @@ def test_what_the_receiver_has_is_not_waited_for():
     assert state.complete
 
 
+def test_a_stream_starts_on_a_block_of_either_side():
+    """A decode worker would receive into a block that others read."""
+    sender = replace(LAYOUT, block_size=2)
+    with pytest.raises(TransferFailed, match="stream starts inside a block: token 2"):
+        KVReceiver(begin(10, 2, sender), LAYOUT, 10, 4)
+    with pytest.raises(TransferFailed, match="stream starts inside a block: token 4"):
+        KVReceiver(begin(10, 4, replace(LAYOUT, block_size=8)), LAYOUT, 10, 4)
+
+
+def test_no_more_tokens_were_cached_than_there_are():
+    with pytest.raises(TransferFailed, match="1099511627776 of 10 tokens were cached"):
+        KVReceiver(Begin(10, 0, 1 << 40, LAYOUT), LAYOUT, 10, 0)
+
+
 def test_a_sender_may_start_before_what_the_receiver_has():
     state = KVReceiver(begin(10, 4), LAYOUT, 10, 8)
     state.accept(frame(4))
