@@ -13,7 +13,7 @@ from cluster.heartbeat import report_forever
 from cluster.registry import WorkerReport
 from cluster.registry_server import send_heartbeat
 from decode_worker.server import decode_service
-from decode_worker.stream import Command, Delta, Done, Event, Submit, TokenFrame
+from decode_worker.stream import Delta, Done, Event, Received, Submit, TokenFrame
 from engine.batch import Sampled
 from engine.request import FinishReason, Receipt
 from engine.stats import LoopStats
@@ -42,7 +42,7 @@ class PacedWorker:
         self._pace_s = pace_s
         self._token_ids = token_ids
 
-    async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
+    async def attach(self, commands: AsyncIterator[Received]) -> AsyncIterator[TokenFrame]:
         drawn: dict[str, int] = {}
         asked: dict[str, Submit] = {}
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from decode_worker.stream import Command
+from decode_worker.stream import Received
 
 
 class CommandStream:
     """Commands, until they end or `close` is called. `came` is told of each."""
 
-    def __init__(self, commands: AsyncIterator[Command], came: Callable[[], None]) -> None:
+    def __init__(self, commands: AsyncIterator[Received], came: Callable[[], None]) -> None:
         self._commands = commands
         self._came = came
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -21,10 +21,10 @@ class CommandStream:
         if not self._closed.done():
             self._closed.set_result(None)
 
-    def __aiter__(self) -> AsyncIterator[Command]:
+    def __aiter__(self) -> AsyncIterator[Received]:
         return self
 
-    async def __anext__(self) -> Command:
+    async def __anext__(self) -> Received:
         following = asyncio.create_task(self._next())
         either: list[asyncio.Future[Any]] = [following, self._closed]
         try:
@@ -39,5 +39,5 @@ class CommandStream:
         self._came()
         return command
 
-    async def _next(self) -> Command | None:
+    async def _next(self) -> Received | None:
         return await anext(self._commands, None)

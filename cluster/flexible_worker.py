@@ -22,7 +22,7 @@ from typing import Literal, Protocol, cast
 
 from cluster.command_stream import CommandStream
 from cluster.registry import Role
-from decode_worker.stream import Command, TokenFrame
+from decode_worker.stream import Received, TokenFrame
 from engine.errors import HandedBack, TandemError, Unavailable
 from engine.kv_events import KVEventBatch
 from engine.pulse import Pulse
@@ -72,7 +72,7 @@ class PrefillLoop(Loop, Protocol):
 class DecodeLoop(Loop, Protocol):
     """decode_worker.worker.DecodeWorker, as far as it is used here."""
 
-    def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]: ...
+    def attach(self, commands: AsyncIterator[Received]) -> AsyncIterator[TokenFrame]: ...
 
     def link_rates(self) -> tuple[tuple[str, float], ...]: ...
 
@@ -175,7 +175,7 @@ class FlexibleWorker:
         finally:
             self._pull_count -= 1
 
-    async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
+    async def attach(self, commands: AsyncIterator[Received]) -> AsyncIterator[TokenFrame]:
         """See DecodeService. Raises Unavailable while this is a prefill worker; ends when it becomes one."""
         if self._decode is None:
             raise self._closed("prefill")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from decode_worker.messages import FromGateway, Message
 from decode_worker.session import Session
-from decode_worker.stream import Cancel, Command, Failed
+from decode_worker.stream import Cancel, Failed, Received, Unreadable
 from engine.errors import TandemError
 from engine.inbox import Inbox
 
@@ -15,12 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 async def read_commands(
-    session: Session, commands: AsyncIterator[Command], inbox: Inbox[Message], steps: Callable[[], int]
+    session: Session, commands: AsyncIterator[Received], inbox: Inbox[Message], steps: Callable[[], int]
 ) -> None:
-    """Until they end, or break; then closes the session. `steps` counts the steps so far, for what is refused here."""
+    """Until they end, or break; then closes the session, with what they broke by. `steps` counts the steps so far, for
+    what is refused here."""
+    problem: TandemError | None = None
     try:
         async for command in commands:
             await session.room()
+            if isinstance(command, Unreadable):
+                session.push(steps(), [Failed(command.request_id, command.error)])
+                continue
             try:
                 inbox.offer(FromGateway(session, command))
             except TandemError as error:
@@ -30,6 +35,7 @@ async def read_commands(
                 else:
                     session.push(steps(), [Failed(command.request_id, error)])
     except TandemError as error:
+        problem = error
         logger.info("token stream %s broke: %s", session.name, error)
     finally:
-        session.close()
+        session.close(problem)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 from tandem.v1 import worker_pb2
 
-from decode_worker.stream import Cancel, ChoiceSoFar, Command, Delta, Done, Event, Failed, Submit, TokenFrame
+from decode_worker.stream import (
+    Cancel,
+    ChoiceSoFar,
+    Command,
+    Delta,
+    Done,
+    Event,
+    Failed,
+    Received,
+    Submit,
+    TokenFrame,
+    Unreadable,
+)
 from engine.errors import CorruptFrame, InvalidArgument, TandemError
 from engine.request import FinishReason
 from engine.trace_context import read_trace
@@ -72,6 +84,18 @@ def command_from_bytes(raw: bytes) -> Command:
         ticket=submit.ticket,
         trace=read_trace(submit.traceparent, submit.tracestate),
     )
+
+
+def received_from_bytes(raw: bytes) -> Received:
+    """As command_from_bytes, but a field that cannot be read is the matter of its request alone: to raise ends the
+    stream, and with it all others of its gateway."""
+    try:
+        return command_from_bytes(raw)
+    except InvalidArgument as error:
+        message = worker_pb2.Command.FromString(raw)
+        if message.WhichOneof("command") is None:
+            raise
+        return Unreadable(message.submit.request_id, error)
 
 
 def frame_to_bytes(frame: TokenFrame) -> bytes:

@@ -10,8 +10,8 @@ import grpc
 import grpc.aio
 from tandem.v1 import worker_pb2
 
-from decode_worker.convert import command_from_bytes, frame_to_bytes
-from decode_worker.stream import Command, DecodeService, TokenFrame
+from decode_worker.convert import frame_to_bytes, received_from_bytes
+from decode_worker.stream import DecodeService, Received, TokenFrame
 from kvtransfer.rpc_server import RpcService
 
 DESCRIPTOR = worker_pb2.DESCRIPTOR.services_by_name["DecodeWorker"]
@@ -24,7 +24,7 @@ def decode_service(service: DecodeService) -> RpcService:
     """
 
     async def attach(
-        commands: AsyncIterator[Command], context: grpc.aio.ServicerContext[Command, TokenFrame]
+        commands: AsyncIterator[Received], context: grpc.aio.ServicerContext[Received, TokenFrame]
     ) -> AsyncIterator[TokenFrame]:
         stream = cast(AsyncGenerator[TokenFrame, None], service.attach(commands))
         async with aclosing(stream) as frames:
@@ -32,6 +32,6 @@ def decode_service(service: DecodeService) -> RpcService:
                 yield frame
 
     handler = grpc.stream_stream_rpc_method_handler(
-        attach, request_deserializer=command_from_bytes, response_serializer=frame_to_bytes
+        attach, request_deserializer=received_from_bytes, response_serializer=frame_to_bytes
     )
     return RpcService(DESCRIPTOR, {"Attach": handler}, is_internal=True)

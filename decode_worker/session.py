@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable
 
 from decode_worker.sequence import Request
 from decode_worker.stream import Event, TokenFrame
+from engine.errors import TandemError
 
 # Seconds of a busy worker's events, and some 30 MB.
 MANY_EVENTS = 1 << 16
@@ -29,6 +30,7 @@ class Session:
         self._has_room.set()
         self._step = 0
         self._is_closed = False
+        self._problem: TandemError | None = None
         self._wake = asyncio.Event()
 
     def push(self, step: int, events: Iterable[Event]) -> None:
@@ -43,9 +45,10 @@ class Session:
         """Returns when there are not too many events that the gateway has not read."""
         await self._has_room.wait()
 
-    def close(self) -> None:
-        """No more commands will come: `frames` ends once everything pushed has been read."""
+    def close(self, problem: TandemError | None = None) -> None:
+        """No more commands will come: `frames` ends, or raises `problem`, once everything pushed has been read."""
         self._is_closed = True
+        self._problem = problem
         self._wake.set()
 
     async def frames(self) -> AsyncIterator[TokenFrame]:
@@ -54,6 +57,8 @@ class Session:
                 events, self._events = tuple(self._events), []
                 self._has_room.set()
                 yield TokenFrame(self._step, events)
+            elif self._problem is not None:
+                raise self._problem
             elif self._is_closed:
                 return
             else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.batch import Sampled
-from engine.errors import InvalidArgument
+from engine.errors import InvalidArgument, TandemError
 from engine.request import FinishReason, Receipt
 from engine.request_checks import check_params, check_seconds, check_token_ids
 from engine.sampling import SamplingParams
@@ -102,7 +102,17 @@ class Cancel:
     request_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A Submit of which a field cannot be read: the request is to fail with `error`."""
+
+    request_id: str
+    error: TandemError
+
+
 Command = Submit | Cancel
+# What the worker's end of a stream reads.
+Received = Command | Unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +174,7 @@ class DecodeSession(Protocol):
 class DecodeService(Protocol):
     """The worker's end: reads commands until they end, yields frames; closing the generator cancels what is left."""
 
-    def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]: ...
+    def attach(self, commands: AsyncIterator[Received]) -> AsyncIterator[TokenFrame]: ...
 
 
 class DecodeTransport(Protocol):

@@ -32,7 +32,7 @@ from decode_worker.report import loop_stats
 from decode_worker.scheduler import DecodeScheduler, Emission
 from decode_worker.sequence import Request, Timeline
 from decode_worker.session import Session
-from decode_worker.stream import Cancel, Command, Done, Event, Failed, Submit, TokenFrame
+from decode_worker.stream import Cancel, Done, Event, Failed, Received, Submit, TokenFrame
 from engine.batch import Runner
 from engine.block_pool import BlockPool
 from engine.errors import DeadlineExceeded, HandedBack, InvalidArgument, TandemError
@@ -85,7 +85,7 @@ class DecodeWorker:
         self._open = OpenPulls(runner, transport, count() if leases is None else leases, self._inbox.put)
         self._is_draining = False
 
-    async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
+    async def attach(self, commands: AsyncIterator[Received]) -> AsyncIterator[TokenFrame]:
         """One gateway's stream. Closing the generator cancels all that came by it, within one step."""
         self._session_count += 1
         session = Session(f"s{self._session_count}")

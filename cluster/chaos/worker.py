@@ -33,7 +33,7 @@ from cluster.flexible_worker import FlexibleWorker
 from cluster.logs.lines import set_up_logs
 from cluster.worker_process import Edges, Served
 from cluster.worker_spec import WorkerSpec
-from decode_worker.stream import Command, TokenFrame
+from decode_worker.stream import Received, TokenFrame
 from kvtransfer.frames import Arrival, End, Frame
 from kvtransfer.transport import PrefillCall, PrefillTransport
 
@@ -88,7 +88,7 @@ class _WatchedWorker:
                 # Who has left may not have read as far as that.
                 self._line.note({"unread": 1})
 
-    async def attach(self, commands: AsyncIterator[Command]) -> AsyncIterator[TokenFrame]:
+    async def attach(self, commands: AsyncIterator[Received]) -> AsyncIterator[TokenFrame]:
         with self._leases.lease(peer="gateway") as lease:
             async with aclosing(cast(AsyncGenerator[TokenFrame, None], self._worker.attach(commands))) as frames:
                 async for frame in frames:

@@ -7,16 +7,20 @@ from contextlib import asynccontextmanager
 import pytest
 from tandem.v1 import worker_pb2
 
+from decode_worker.config import DecodeConfig
 from decode_worker.convert import frame_from_bytes
 from decode_worker.grpc_transport import GrpcDecodeTransport
 from decode_worker.server import decode_service
-from decode_worker.stream import Cancel, Command, Delta, Done, Failed, Submit, TokenFrame
+from decode_worker.stream import Cancel, Command, Delta, Done, Event, Failed, Submit, TokenFrame
+from decode_worker.worker import DecodeWorker
 from engine.batch import Sampled
 from engine.errors import CorruptFrame, InvalidArgument, Overloaded, TandemError, TransferFailed, Unavailable
 from engine.request import FinishReason, Receipt
 from engine.sampling import SamplingParams
 from kvtransfer.rpc_channel import Channels
 from kvtransfer.rpc_server import start_server
+from tests.decode_worker.scripted import ScriptedTransport
+from tests.emulated import runner, running
 from tests.eventually import eventually
 
 METHOD = "/tandem.v1.DecodeWorker/Attach"
@@ -303,3 +307,28 @@ async def test_a_command_that_cannot_be_read_ends_its_stream_and_no_other(garbag
 def test_a_frame_that_cannot_be_read_is_corrupt(raw):
     with pytest.raises(CorruptFrame):
         frame_from_bytes(raw)
+
+
+async def test_a_command_that_cannot_be_read_ends_nobody_elses_request():
+    """The stream is a whole gateway's."""
+    worker = DecodeWorker(
+        runner(64), DecodeConfig(), ScriptedTransport(), worker_id="d", eos_token_ids=frozenset(), max_context=256
+    )
+    long = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    too_many = SamplingParams(stop=tuple(map(str, range(20))))
+    async with running(worker.run()), serving(worker) as (address, transport), transport.attach(address) as session:
+        await session.send(Submit("good", (1, 2, 3), long, 0))
+        await session.send(Submit("bad", (1, 2, 3), too_many, 0))
+        ended: list[Event] = []
+        async for frame in session.frames():
+            ended += [event for event in frame.events if isinstance(event, Done | Failed)]
+            if len(ended) == 2:
+                break
+        # What is no command at all is nobody's request.
+        await session._rpc.write(b"no command")
+        with pytest.raises(InvalidArgument):
+            await anext(session.frames())
+    assert {event.request_id for event in ended if isinstance(event, Done)} == {"good"}
+    [failed] = [event for event in ended if isinstance(event, Failed)]
+    assert failed.request_id == "bad"
+    assert str(failed.error) == "sampling_params.stop: got '20 entries', expected at most 16"
