@@ -92,7 +92,9 @@ async def others(arguments: Arguments) -> AsyncIterator[list[str]]:
 @asynccontextmanager
 async def prefill_side(engine: Engine, config: TandemConfig, gateway: str) -> AsyncIterator[PrefillWorker]:
     """A prefill worker in this process, known to the gateway."""
-    worker = PrefillWorker(engine.runner, config.prefill, worker_id="prefill-0", prefix_cache=False)
+    worker = PrefillWorker(
+        engine.runner, config.prefill, worker_id="prefill-0", max_context=engine.model.max_context, prefix_cache=False
+    )
     server = await start_server("127.0.0.1:0", [prefill_service(worker)])
     name = served_name(config.engine.model, engine.files)
     async with AsyncExitStack() as stack:

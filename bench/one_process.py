@@ -97,6 +97,7 @@ async def serving(
                 runner,
                 prefill_config or PrefillConfig(),
                 worker_id=worker_id,
+                max_context=model.max_context,
                 prefix_cache=prefix_cache,
                 observer=None if sink_of is None else PrefillSpans(sink_of(worker_id)),
             )

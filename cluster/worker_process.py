@@ -186,6 +186,7 @@ def flexible_worker(
             engine.runner,
             config.prefill,
             worker_id=spec.worker_id,
+            max_context=engine.model.max_context,
             prefix_cache=config.engine.prefix_cache,
             cost=cost,
             note_events=config.engine.prefix_cache,

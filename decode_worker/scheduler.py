@@ -33,6 +33,7 @@ from decode_worker.stream import Delta, Event
 from engine.batch import Batch, Sampled, StepOutput
 from engine.block_pool import BlockPool
 from engine.errors import InvalidArgument, Overloaded
+from engine.request_checks import check_context
 from engine.step_cost import StepCost, StepWork
 
 # An event, and the request that it belongs to.
@@ -99,6 +100,8 @@ class DecodeScheduler:
 
     def submit(self, request: Request, now: float) -> None:
         """Raises InvalidArgument for what can never fit, Overloaded when too many are unfinished."""
+        longest = max(len(choice.token_ids) for choice in request.choices if choice.state is not ChoiceState.FINISHED)
+        check_context("prompt", longest, self._max_context)
         tokens = request.submit.prompt_count + request.submit.params.max_tokens
         need = self.pool.blocks_for(min(tokens, self._max_context))
         if need > self.pool.num_blocks:

@@ -20,6 +20,14 @@ def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> No
         raise InvalidArgument(field, token_id, f"a token id in [0, {vocab_size})")
 
 
+def check_context(field: str, tokens: int, max_context: int) -> None:
+    """Positions beyond the model's context are in none of its tables; and there would be no room for an answer."""
+    if tokens >= max_context:
+        raise InvalidArgument(
+            field, f"{tokens} tokens", f"at most {max_context - 1}: the model's context is {max_context}"
+        )
+
+
 def check_params(params: SamplingParams, vocab_size: int, *, can_guide: bool) -> None:
     """`can_guide`: whether answers can be held to a structure."""
     params.validate(vocab_size)

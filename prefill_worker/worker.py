@@ -24,7 +24,7 @@ from engine.inbox import INBOX_LIMIT, Inbox
 from engine.kv_events import KVEventBatch
 from engine.learned_cost import learned, learner
 from engine.pulse import Pulse
-from engine.request_checks import check_params, check_seconds, check_token_ids
+from engine.request_checks import check_context, check_params, check_seconds, check_token_ids
 from engine.running_average import RunningAverage
 from engine.stats import LoopStats
 from engine.step_cost import StepCost, work_of
@@ -64,6 +64,7 @@ class PrefillWorker:
         config: PrefillConfig,
         *,
         worker_id: str,
+        max_context: int,
         prefix_cache: bool = True,
         cost: StepCost | None = None,
         note_events: bool = False,
@@ -75,6 +76,7 @@ class PrefillWorker:
         self._pulse = Pulse() if pulse is None else pulse
         self._runner = runner
         self._config = config
+        self._max_context = max_context
         self._cost = cost
         self._learner = learner(cost)
         layout = runner.layout
@@ -197,6 +199,7 @@ class PrefillWorker:
     def _check(self, call: PrefillCall) -> None:
         if not call.token_ids:
             raise InvalidArgument("prompt", "no tokens", "at least one token")
+        check_context("prompt", len(call.token_ids), self._max_context)
         check_token_ids("prompt", call.token_ids, self._runner.vocab_size)
         check_params(call.params, self._runner.vocab_size, can_guide=self._runner.can_guide)
         check_seconds(deadline_s=call.deadline_s, ttft_due_s=call.ttft_due_s)

@@ -95,7 +95,11 @@ async def pair(
     prefix_cache: bool = True,
 ) -> AsyncIterator[Pair]:
     prefill = PrefillWorker(
-        prefill_runner, prefill_config or PrefillConfig(), worker_id="p0", prefix_cache=prefix_cache
+        prefill_runner,
+        prefill_config or PrefillConfig(),
+        worker_id="p0",
+        max_context=max_context,
+        prefix_cache=prefix_cache,
     )
     transport = GrpcPrefillTransport()
     decode = DecodeWorker(

@@ -158,6 +158,7 @@ class EmulatedCluster:
             runner,
             self._prefill_config,
             worker_id=name,
+            max_context=self._costs.max_context,
             prefix_cache=self._spec.prefix_cache,
             cost=cost,
             note_events=self._spec.prefix_cache,

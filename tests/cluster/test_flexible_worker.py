@@ -46,7 +46,7 @@ class Cluster:
         runner = emulated.runner(64)
 
         def make_prefill() -> PrefillWorker:
-            return PrefillWorker(runner, PrefillConfig(max_frame_bytes=4096), worker_id=name)
+            return PrefillWorker(runner, PrefillConfig(max_frame_bytes=4096), worker_id=name, max_context=1 << 16)
 
         def make_decode() -> DecodeWorker:
             return DecodeWorker(

@@ -82,7 +82,7 @@ async def test_a_step_that_never_comes_back(schedule_ahead: bool) -> None:
 @on_virtual_time
 async def test_an_idle_worker_that_hangs_is_found_by_its_canary() -> None:
     runner, pulse = SlowRunner(), Pulse(5.0)
-    worker = PrefillWorker(runner, PrefillConfig(), worker_id="p", pulse=pulse)
+    worker = PrefillWorker(runner, PrefillConfig(), worker_id="p", max_context=1 << 16, pulse=pulse)
     loop = asyncio.get_running_loop()
     async with running(worker.run()):
         watch = asyncio.create_task(watch_steps(pulse, LIMIT_S))
@@ -111,7 +111,11 @@ async def test_a_worker_under_load_is_never_taken_for_hung() -> None:
     worker = decode_worker(runner, pulse, local_token_budget=32)
     prefill_pulse = Pulse(1.0)
     prefill = PrefillWorker(
-        SlowRunner(LIMIT_S - 0.1), PrefillConfig(token_budget=16), worker_id="p", pulse=prefill_pulse
+        SlowRunner(LIMIT_S - 0.1),
+        PrefillConfig(token_budget=16),
+        worker_id="p",
+        max_context=1 << 16,
+        pulse=prefill_pulse,
     )
     async with running(worker.run(), prefill.run()):
         watches = [asyncio.create_task(watch_steps(each, LIMIT_S)) for each in (pulse, prefill_pulse)]

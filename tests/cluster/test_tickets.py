@@ -207,7 +207,7 @@ def test_a_worker_without_a_key_is_refused_by_name():
 
 @asynccontextmanager
 async def serving(cluster: Cluster) -> AsyncIterator[str]:
-    worker = PrefillWorker(runner(), PrefillConfig(), worker_id="prefill-0")
+    worker = PrefillWorker(runner(), PrefillConfig(), worker_id="prefill-0", max_context=1 << 16)
     service = prefill_service(worker, lambda call, proof: cluster.check.check(call, proof, WORKER_S))
     server = await start_server("127.0.0.1:0", [service])
     try:

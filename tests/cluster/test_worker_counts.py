@@ -69,7 +69,7 @@ async def test_counts_outlive_a_change_of_role() -> None:
 
 @on_virtual_time
 async def test_kv_of_a_stream_that_its_reader_leaves_is_counted_as_orphaned() -> None:
-    worker = PrefillWorker(emulated.runner(), PrefillConfig(token_budget=8), worker_id="p")
+    worker = PrefillWorker(emulated.runner(), PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16)
     async with emulated.running(worker.run()):
         async with aclosing(worker.prefill(call(30))) as frames:
             async for frame in frames:
@@ -88,7 +88,7 @@ async def test_kv_of_a_stream_that_its_reader_leaves_is_counted_as_orphaned() ->
 
 @on_virtual_time
 async def test_a_prompt_whose_time_is_up_is_an_expired_lease() -> None:
-    worker = PrefillWorker(emulated.runner(), PrefillConfig(token_budget=8), worker_id="p")
+    worker = PrefillWorker(emulated.runner(), PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16)
     async with emulated.running(worker.run()):
         with pytest.raises(DeadlineExceeded):
             assert [frame async for frame in worker.prefill(call(30, deadline_s=0.03))]

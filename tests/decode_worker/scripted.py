@@ -28,7 +28,7 @@ class ScriptedTransport:
     """
 
     def __init__(self) -> None:
-        self.prefill = PrefillWorker(runner(64), PrefillConfig(token_budget=8), worker_id="p")
+        self.prefill = PrefillWorker(runner(64), PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16)
         self.hold: type[Frame] | None = None
         self.fault: TandemError | None = None
         self.twice = False

@@ -6,11 +6,12 @@ import asyncio
 import functools
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
 import pytest
 
 from cluster.planning import virtual_loop
-from decode_worker.stream import Cancel, Delta, Done, Failed
+from decode_worker.stream import Cancel, ChoiceSoFar, Delta, Done, Failed
 from decode_worker.worker import DecodeWorker
 from engine.emulated_runner import EmulatedRunner
 from engine.errors import CorruptFrame, DeadlineExceeded, InvalidArgument, LayoutMismatch, Overloaded, Unavailable
@@ -246,6 +247,29 @@ def test_bad_submits_are_refused_by_name_and_others_go_on(scene: Scene) -> None:
                 ("third", Overloaded),
             ]
             assert [end.request_id for end in ends_of(gateway) if isinstance(end, Done)] == ["same", "second"]
+
+    virtual_loop.run(main())
+
+
+@pytest.mark.parametrize("address", ["", "p"])
+def test_prompts_beyond_the_models_context_are_refused(scene: Scene, address: str) -> None:
+    """Positions beyond it are in none of the model's tables. Also where some of it was drawn elsewhere."""
+
+    async def main() -> None:
+        async with scene(num_blocks=100) as (_, _, gateway, _):
+            params = SamplingParams(temperature=0.0, max_tokens=100)
+            gateway.send(submit(256, "long", params=params, prefill_address=address))
+            gateway.send(submit(256, "drawn", params=params, prefill_address=address, prompt_tokens=250))
+            so_far = (ChoiceSoFar((5,) * 10), ChoiceSoFar())
+            gateway.send(submit(246, "choices", params=replace(params, n=2), resumed=so_far))
+            gateway.send(submit(255, "longest", params=params, prefill_address=address))
+            await asyncio.sleep(5)
+            failed = [end for end in ends_of(gateway) if isinstance(end, Failed)]
+            assert [end.request_id for end in failed] == ["long", "drawn", "choices"]
+            assert {str(end.error) for end in failed} == {
+                "prompt: got '256 tokens', expected at most 255: the model's context is 256"
+            }
+            assert [end.request_id for end in ends_of(gateway) if isinstance(end, Done)] == ["longest"]
 
     virtual_loop.run(main())
 

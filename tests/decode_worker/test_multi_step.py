@@ -84,7 +84,9 @@ async def _serve(
     asks: list[Ask], max_steps: int, num_blocks: int, max_batch: int, eos_rate: float, outcome: Outcome
 ) -> None:
     network: MemoryNetwork[PrefillService] = MemoryNetwork(Link(latency_s=0.00037, bandwidth_bytes_s=3e6))
-    prefill = PrefillWorker(LoggingRunner(layout(256)), PrefillConfig(token_budget=16), worker_id="p")
+    prefill = PrefillWorker(
+        LoggingRunner(layout(256)), PrefillConfig(token_budget=16), worker_id="p", max_context=1 << 16
+    )
     network.register("p", prefill)
     runner = LoggingRunner(layout(num_blocks), eos_rate)
     config = DecodeConfig(max_steps=max_steps, max_batch=max_batch, local_token_budget=16, schedule_ahead=False)

@@ -121,7 +121,7 @@ def test_a_decode_worker_is_not_idle_while_a_pull_is_open() -> None:
 
 def test_a_draining_prefill_worker_is_idle_when_its_last_stream_has_been_read() -> None:
     async def main() -> None:
-        prefill = PrefillWorker(runner(64), PrefillConfig(token_budget=8), worker_id="p")
+        prefill = PrefillWorker(runner(64), PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16)
         async with running(prefill.run()):
             assert prefill.is_idle
             stream = prefill.prefill(call(30))
@@ -143,7 +143,9 @@ def test_both_tell_what_the_cost_model_takes_for_what_waits() -> None:
     async def main() -> None:
         model = LinearCost(fixed_s=0.01, token_s=0.001, row_s=0.001, context_s=0.0)
         transport = ScriptedTransport()
-        transport.prefill = PrefillWorker(runner(64), PrefillConfig(token_budget=8), worker_id="p", cost=model)
+        transport.prefill = PrefillWorker(
+            runner(64), PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16, cost=model
+        )
         seen = LinearCost()
         worker = decode(transport, runner(64), cost=seen, max_steps=16, local_token_budget=8)
         async with running(transport.prefill.run(), worker.run()):
@@ -263,7 +265,7 @@ def test_a_pull_measures_the_link_that_it_comes_by() -> None:
         # 200 tokens are 200 · 64 · 16 bytes; a chunk's KV comes with its end, and most of it after the first token.
         network: MemoryNetwork[PrefillService] = MemoryNetwork(Link(latency_s=0.001, bandwidth_bytes_s=2e6))
         config = PrefillConfig(token_budget=200, max_frame_bytes=8192)
-        prefill = PrefillWorker(wide(), config, worker_id="p")
+        prefill = PrefillWorker(wide(), config, worker_id="p", max_context=1 << 16)
         network.register("p", prefill)
         worker = decode(MemoryPrefillTransport(network), wide())
         async with running(prefill.run(), worker.run()):

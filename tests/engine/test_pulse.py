@@ -40,7 +40,9 @@ class SeenRunner(EmulatedRunner):
 
 
 def prefill_worker(runner: EmulatedRunner, pulse: Pulse) -> PrefillWorker:
-    return PrefillWorker(runner, PrefillConfig(token_budget=8), worker_id="p", cost=LinearCost(), pulse=pulse)
+    return PrefillWorker(
+        runner, PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16, cost=LinearCost(), pulse=pulse
+    )
 
 
 def decode_worker(runner: EmulatedRunner, pulse: Pulse, transport: ScriptedTransport | None = None) -> DecodeWorker:

@@ -177,7 +177,9 @@ def serve_call(data: bytes) -> None:
 
 
 async def _served(call: PrefillCall) -> None:
-    worker = PrefillWorker(EmulatedRunner(LAYOUT, no_cost, 1), PrefillConfig(token_budget=8), worker_id="p")
+    worker = PrefillWorker(
+        EmulatedRunner(LAYOUT, no_cost, 1), PrefillConfig(token_budget=8), worker_id="p", max_context=1 << 16
+    )
     loop = asyncio.create_task(worker.run())
     try:
         async with asyncio.timeout(60.0), aclosing(cast("AsyncGenerator[Frame, None]", worker.prefill(call))) as sent:

@@ -17,9 +17,14 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker
 from tests.emulated import call, layout, runner, running
 
+# The pool holds 64 tokens.
+MAX_CONTEXT = 80
+
 
 def worker(**limits: int) -> PrefillWorker:
-    return PrefillWorker(runner(), PrefillConfig(**{"token_budget": 8, **limits}), worker_id="p")
+    return PrefillWorker(
+        runner(), PrefillConfig(**{"token_budget": 8, **limits}), worker_id="p", max_context=MAX_CONTEXT
+    )
 
 
 async def read(prefill: PrefillWorker, asked: PrefillCall) -> list[Frame]:
@@ -138,6 +143,7 @@ def test_a_deadline_ends_the_stream_and_frees_everything() -> None:
         (call(4, have_tokens=4), InvalidArgument, "have_tokens"),
         (call(4, layout=layout(model="other")), LayoutMismatch, "other"),
         (call(65), InvalidArgument, "at most 64"),
+        (call(80), InvalidArgument, "prompt: got '80 tokens', expected at most 79: the model's context is 80"),
         (call([5, 32_000]), InvalidArgument, r"prompt: got 32000, expected a token id in \[0, 32000\)"),
         (call(4, params=SamplingParams(n=1 << 30)), InvalidArgument, "sampling_params.n"),
         (call(4, deadline_s=float("nan")), InvalidArgument, "deadline_s"),

@@ -107,6 +107,7 @@ class RestartingWorld(World):
             partial(self._decode_loop, runner, place),
             place.role,
             worker_id=place.name,
+            max_context=1 << 16,
             pulse=place.pulse,
         )
         # Where the world looks for what is left.
@@ -143,6 +144,7 @@ class RestartingWorld(World):
             runner,
             config,
             worker_id=place.name,
+            max_context=1 << 16,
             prefix_cache=shape.prefix_cache,
             note_events=True,
             pulse=place.pulse,

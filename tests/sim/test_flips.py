@@ -112,7 +112,9 @@ class FlippingWorld(World):
     def _prefill_loop(self, runner: WatchedRunner, name: str) -> PrefillWorker:
         shape = self.shape
         config = shape.prefill_config()
-        return PrefillWorker(runner, config, worker_id=name, prefix_cache=shape.prefix_cache, note_events=True)
+        return PrefillWorker(
+            runner, config, worker_id=name, max_context=1 << 16, prefix_cache=shape.prefix_cache, note_events=True
+        )
 
     def _decode_loop(self, runner: WatchedRunner, name: str) -> DecodeWorker:
         shape = self.shape

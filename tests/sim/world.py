@@ -255,7 +255,7 @@ class World:
         shape = self.shape
         config = shape.prefill_config()
         cache, observer = shape.prefix_cache, self.prefill_observer
-        return PrefillWorker(runner, config, worker_id=name, prefix_cache=cache, observer=observer)
+        return PrefillWorker(runner, config, worker_id=name, max_context=1 << 16, prefix_cache=cache, observer=observer)
 
     def _decode(self, runner: WatchedRunner, name: str) -> DecodeWorker:
         shape = self.shape
