@@ -10,7 +10,9 @@ from typing import cast
 from cluster.messages import GenerateRequest, Message, ModelInfo
 from engine.errors import ContextExceeded, InvalidArgument, NotFound
 from engine.request_checks import check_token_ids
+from engine.structure import Structure
 from engine.tokenizer import Tokenizer
+from engine.tool_grammar import argument_schemas
 from engine.tools import Tool
 
 MAX_REQUEST_ID_CHARS = 256
@@ -27,10 +29,7 @@ def prompt_token_ids(
     params = fitted(request, model.max_context).params
     params.validate(model.vocab_size)
     if params.structure is not None:
-        # Imported here: nobody else needs the library behind it.
-        from engine.guidance import check_structure
-
-        check_structure(params.structure)
+        _check_structure(params.structure, request.tools)
     if params.stop and tokenizer is None:
         raise InvalidArgument("sampling_params.stop", params.stop, "none: this gateway has no tokenizer")
     field, token_ids = _encode(request.prompt, request.tools, tokenizer, max_prompt_chars)
@@ -61,6 +60,19 @@ def is_conversation(prompt: str | tuple[int, ...] | tuple[Message, ...]) -> bool
     """Whether it is a chat."""
     # Of token ids the first says enough: a prompt never mixes them with messages.
     return bool(prompt) and isinstance(prompt[0], Message)
+
+
+def _check_structure(structure: Structure, tools: Sequence[Tool]) -> None:
+    # Imported here: nobody else needs the library behind it.
+    from engine.guidance import check_structure
+
+    try:
+        check_structure(structure)
+    except InvalidArgument:
+        # Nobody who offers tools has written the grammar that is made of them, but one of the schemas in it.
+        for index, schema in argument_schemas(structure) if tools else ():
+            check_structure(schema, f"tools[{index}].function.parameters")
+        raise
 
 
 def _check_small_fields(request: GenerateRequest) -> None:

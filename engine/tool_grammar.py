@@ -8,11 +8,14 @@ an object or calls  as a JSON schema says, or calls
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.structure import JSON_LAYOUT, Structure
 from engine.tools import NO_ARGUMENTS, Tool, ToolSyntax
+
+_ARGUMENTS = re.compile(r"^arguments_(\d+): %json (.*)$", re.MULTILINE)
 
 
 def calls_only(syntax: ToolSyntax, sign_id: int | None, tools: Sequence[Tool], *, has_many: bool) -> Structure:
@@ -45,6 +48,11 @@ def object_or_calls(
     calls = _calls(syntax, sign_id, has_many=has_many)
     rules = [f"start: {_text(syntax, sign_id, syntax.opening)} {calls} | answer", f"answer: {_json(schema)}"]
     return _grammar(rules, syntax, sign_id, tools)
+
+
+def argument_schemas(structure: Structure) -> list[tuple[int, Structure]]:
+    """What a structure that was made here holds arguments to: the number of the tool, and the schema alone."""
+    return [(int(index), Structure("json_schema", text)) for index, text in _ARGUMENTS.findall(structure.text)]
 
 
 def _grammar(rules: list[str], syntax: ToolSyntax, sign_id: int | None, tools: Sequence[Tool]) -> Structure:

@@ -78,7 +78,9 @@ class ChatRequest(SamplingFields, ToolFields):
         """Of the gateway's fields, what this request calls them."""
         longest = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         structure = "tools" if self.tools and self.tool_choice != "none" else self.structure_field()
-        return {**NAMES, "structure": structure, "text": "messages", "max_tokens": longest}
+        # The gateway knows of the chosen tool alone.
+        chosen = {"tools[0].function.parameters": f"tools[{self.chosen_index}].function.parameters"}
+        return {**NAMES, **chosen, "structure": structure, "text": "messages", "max_tokens": longest}
 
     def generate_request(
         self, request_id: str, objectives: Objectives, tenant: str, tokenizer: Tokenizer | None

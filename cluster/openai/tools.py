@@ -88,6 +88,12 @@ class ToolFields(BaseModel):
         """Whether one function was chosen for the model."""
         return isinstance(self.tool_choice, ChosenTool)
 
+    @property
+    def chosen_index(self) -> int:
+        """Which of `tools` is the first that the model may call."""
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, ChosenTool) else None
+        return next((index for index, tool in enumerate(self.tools or ()) if tool.function.name == name), 0)
+
     def offered(self) -> tuple[Tool, ...]:
         """What the model may call. Raises InvalidArgument for tools that are none, and a choice of none of them."""
         tools = offered(self.tools or ())

@@ -149,6 +149,9 @@ async def test_an_answers_calls_and_their_results_are_turns_of_the_next_request(
     assert f"assistant: {call('Oslo')}\nuser: <tool_response>\nRain.\n</tool_response>" in prompt
 
 
+WRONG = {"properties": {"a": {"type": "string", "format": "weird"}}}
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
@@ -167,7 +170,18 @@ async def test_an_answers_calls_and_their_results_are_turns_of_the_next_request(
                 "tool_choice": "required",
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": 3}}}],
             },
-            "tools: ",
+            r"tools\[0\].function.parameters: got '\{.*, expected a JSON schema: ",
+        ),
+        (
+            {"tools": [WEATHER, {"type": "function", "function": {"name": "f", "strict": True, "parameters": WRONG}}]},
+            r"tools\[1\].function.parameters: got '\{.*, expected a JSON schema: Unknown format: weird",
+        ),
+        (
+            {
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+                "tools": [WEATHER, {"type": "function", "function": {"name": "f", "parameters": WRONG}}],
+            },
+            r"tools\[1\].function.parameters: got '\{.*, expected a JSON schema: Unknown format: weird",
         ),
         ({"extra_body": {"guided_regex": "a+"}}, "guided_regex: got 'a structure'"),
         ({"extra_body": {"guided_json": "{"}}, "guided_json: got '{', expected a JSON schema"),
