@@ -231,7 +231,7 @@ async def test_a_crash_of_the_loop_is_the_workers():
 
     runner = emulated.runner()
     worker = FlexibleWorker(
-        lambda: Broken(runner, PrefillConfig(), worker_id="w"),
+        lambda: Broken(runner, PrefillConfig(), worker_id="w", max_context=1 << 16),
         lambda: pytest.fail("nobody asks for a decode loop"),
         "prefill",
         worker_id="w",

@@ -107,7 +107,6 @@ class RestartingWorld(World):
             partial(self._decode_loop, runner, place),
             place.role,
             worker_id=place.name,
-            max_context=1 << 16,
             pulse=place.pulse,
         )
         # Where the world looks for what is left.
