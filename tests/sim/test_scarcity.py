@@ -9,7 +9,7 @@ def test_nothing_is_left_where_requests_may_fail():
     worlds = [simulate(seed, requests=35) for seed in (*range(130, 190), 116)]
     clients = [client for world in worlds for client in world.clients]
     assert sum(client.complete is not None for client in clients) > len(clients) / 2
-    assert sum(isinstance(client.error, InvalidArgument) for client in clients) > 50, "many fit no pool"
+    assert sum(isinstance(client.error, InvalidArgument) for client in clients) > 30, "many fit no pool"
     failed = [client for client in clients if isinstance(client.error, MAY_FAIL)]
     assert {client.request.on_failure for client in failed} >= {"fail", "retry"}
     assert any(client.seen for client in failed)
