@@ -25,12 +25,12 @@ def test_limits_are_what_they_are_said_to_be(row: list[str]):
     what, at_most, where, beyond = row
     assert all((what, at_most, beyond)), "a cell is empty"
     names = re.findall(r"`([^`]+)`", where)
-    said = re.findall(r"([\d,]*\d)(?: (KiB|MiB))?", at_most)
+    said = re.findall(r"([\d,]*\d(?:\.\d+)?)(?: (KiB|MiB))?", at_most)
     if not said or not names:
         return
     # Where there are two numbers, the constant is the one with a unit.
     number, unit = next((each for each in said if each[1]), said[0])
-    assert value_of(*names) == int(number.replace(",", "")) * UNITS.get(unit, 1)
+    assert value_of(*names) == float(number.replace(",", "")) * UNITS.get(unit, 1)
 
 
 def value_of(name: str, file: str = "") -> Any:
